@@ -1,0 +1,41 @@
+"""CLASSP for PyTorch and Avalanche: continual learning with one number of memory per weight.
+
+``CLASSPOptimizer`` needs torch alone; the names that need Avalanche, whose import takes seconds,
+are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from avalanche_classp.optimizer import CLASSP_optimizer, CLASSPOptimizer
+
+if TYPE_CHECKING:
+    from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
+    from avalanche_classp.strategy import CLASSP
+
+__all__ = [
+    "CLASSP",
+    "PAPER_PHASES",
+    "CLASSPOptimizer",
+    "CLASSPPlugin",
+    "CLASSP_optimizer",
+]
+__version__ = "0.1.0"
+
+_NEEDS_AVALANCHE = {
+    "CLASSP": "strategy",
+    "CLASSPPlugin": "plugin",
+    "PAPER_PHASES": "plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_AVALANCHE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_NEEDS_AVALANCHE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,453 @@
+"""The CLASSP optimizer: AdaGrad generalised to any power, with sparse updates.
+
+Paper: Oswaldo Ludwig, "CLASSP: a Biologically-Inspired Approach to Continual Learning through
+Adjustment Suppression and Sparsity Promotion", 2024, https://arxiv.org/abs/2405.09637.
+
+This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import lru_cache
+from numbers import Real
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+__all__ = ["CLASSPOptimizer", "CLASSP_optimizer", "classp_update_", "validate_hyperparameters"]
+
+_NONFINITE_POLICIES = ("raise", "skip")
+
+
+class CLASSPOptimizer(Optimizer):
+    r"""Implements CLASSP, an optimizer for continual learning without stored data or task labels.
+
+    A weight that has been changed much changes less from then on (a generalised AdaGrad), and a
+    weight changes only when its gradient is above a threshold (sparse updates leave room for
+    later tasks). Beside the weights it keeps one number per weight, the accumulator :math:`A`.
+
+    .. math::
+
+        \begin{aligned}
+            &\textbf{for every weight } w \textbf{ with gradient } g
+                \textbf{ and accumulator } A \ (A_0 = 0):                               \\
+            &\hspace{5mm} \textbf{if } g^2 > \textit{threshold}:                        \\
+            &\hspace{10mm} A \leftarrow A + |g|^{\,\textit{power}}                      \\
+            &\hspace{10mm} w \leftarrow w - \textit{lr} \cdot
+                g \,/\, (\textit{epsilon} + A)^{1/\textit{power}}
+                \hspace{5mm} \textbf{(apply\_decay=True)}                               \\
+            &\hspace{10mm} w \leftarrow w - \textit{lr} \cdot g
+                \hspace{5mm} \textbf{(apply\_decay=False: } A \textbf{ still grows)}    \\
+            &\hspace{5mm} \textbf{otherwise } w \textbf{ and } A \textbf{ stay as they are}
+        \end{aligned}
+
+    * :math:`g` is the gradient of one weight (of minus the loss with ``maximize=True``). The
+      comparison is strict and exact: :math:`g^2` is never rounded, so gradients too small or too
+      large to be squared in their dtype are treated like any other.
+    * :math:`A` has the weight's shape; it is kept in the weight's dtype, and in float32 for
+      float16 and bfloat16 weights, where small gradients would soon no longer add up.
+      ``state[p]["accumulator"]`` holds it.
+    * The current gradient enters :math:`A` before the step. So
+      :math:`|g| / (\textit{epsilon} + A)^{1/\textit{power}} \le 1`: no weight ever moves by more
+      than lr in one step while ``apply_decay=True``.
+    * ``power=2, threshold=0`` is AdaGrad: :class:`torch.optim.Adagrad` with ``eps=0`` and
+      ``initial_accumulator_value=epsilon``. ``apply_decay=False, threshold=0`` is plain SGD.
+
+    How to choose values. With ``power=1`` a weight's whole travel is bounded by about
+    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`, where
+    :math:`A_\text{start}` is epsilon plus the first gradient's size: lr is a length in weight
+    space, not a rate. Choose it as the distance that you would let a weight go (0.001 to 0.1 for
+    usual initialisations), not as SGD's lr. A smaller ``power`` forgives less: the effective rate
+    falls like :math:`A^{-1/\textit{power}}`. ``epsilon`` is the history that every weight is born
+    with: far below a typical :math:`|g|^\textit{power}` each weight's first step has length lr
+    whatever its gradient, far above it the optimizer starts as SGD with the rate
+    :math:`\textit{lr} / \textit{epsilon}^{1/\textit{power}}`. ``threshold`` compares with a
+    squared gradient, so 1e-6 means "leave weights with a gradient below 1e-3 alone"; gradients
+    shrink with larger batches, and so should the threshold.
+
+    Args:
+        params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define
+            parameter groups; each group may set its own lr, threshold, epsilon, power and
+            apply_decay. Any shape; float64, float32, bfloat16 and float16.
+        lr: step length, >= 0 (α in the paper; a one-element tensor works too). Default: 1e-2.
+        threshold: a weight changes where its squared gradient is greater, >= 0; 0 lets every
+            non-zero gradient through. Default: 0.
+        epsilon: stands inside the root and is added to every accumulator, >= 0 (ε). Default: 1e-4.
+        power: exponent of the accumulated gradients, > 0 (p). Default: 1.
+        apply_decay: whether the accumulators scale the steps. Default: True.
+        maximize: maximize the objective instead of minimizing it. Default: False.
+        nonfinite: what to do about a gradient that is NaN or infinite, or so large that
+            ``|g|**power`` is. ``"raise"``: :meth:`step` raises a RuntimeError that names the
+            parameter, before any weight or accumulator has changed; catch it to drop the batch.
+            ``"skip"``: these weights and their accumulators stay as they are, the others are
+            updated. In no case does such a gradient enter an accumulator, which would freeze the
+            weight for good. The check makes the host wait for the device once a step; ``"skip"``
+            does not. Default: ``"raise"``.
+
+    Raises:
+        TypeError: an argument of a wrong type, or complex or integer parameters.
+        ValueError: an argument out of its range; the message names it and the value.
+        RuntimeError: from :meth:`step`, a non-finite gradient with ``nonfinite="raise"``.
+
+    Sparse gradients (``torch.nn.Embedding(sparse=True)``) work and touch the rows that they name
+    only; parameters whose grad is None are left alone; ``p.grad`` is never modified.
+
+    Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
+    that ``|g|**power`` is zero in the dtype) the weight stays as it is.
+
+    Differences from the author's released code, which is not followed: there
+    ``(grad**2).any() > threshold`` compares a boolean with the threshold (any threshold below 1
+    does nothing, 1 or more stops all learning), ``add_(|g|) ** power`` throws the power away, and
+    one group's lr leaks into the next. With power=1 its runs are this optimizer's with
+    threshold=0. The paper's equation (1) sums the history up to the step before, its pseudo-code
+    adds the current gradient first; the pseudo-code is followed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+        >>> optimizer = CLASSPOptimizer([w], lr=0.1, threshold=0.01, epsilon=0.5, power=1.0)
+        >>> w.grad = torch.tensor([0.5, -0.05, 1.5])  # 0.05² is below the threshold
+        >>> optimizer.step()
+        >>> w.detach()
+        tensor([0.9500, 1.0000, 0.9250])
+        >>> optimizer.state[w]["accumulator"]
+        tensor([0.5000, 0.0000, 1.5000])
+
+    References:
+        O. Ludwig, 2024, https://arxiv.org/abs/2405.09637. The limit case power=2: J. Duchi,
+        E. Hazan, Y. Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+        Optimization", JMLR 12, 2011.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        threshold: float = 0.0,
+        epsilon: float = 1e-4,
+        power: float = 1.0,
+        apply_decay: bool = True,
+        *,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "threshold": threshold,
+            "epsilon": epsilon,
+            "power": power,
+            "apply_decay": apply_decay,
+            "maximize": maximize,
+            "nonfinite": nonfinite,
+        }
+        # The defaults are checked even if every group overrides them.
+        validate_hyperparameters(defaults)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+            group.setdefault("nonfinite", "raise")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; hyper-parameters that it does not name are the constructor's.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        if isinstance(param_group, dict):
+            validate_hyperparameters(param_group)
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                del self.param_groups[-1]
+                raise TypeError(
+                    f"CLASSPOptimizer takes real floating-point parameters; got one of "
+                    f"{p.dtype} and shape {tuple(p.shape)}"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, accumulators in the dtype they were saved in.
+
+        Raises:
+            ValueError: if the groups differ in number or in size from this optimizer's.
+        """
+        super().load_state_dict(state_dict)
+        # torch shares the tensors with the state_dict, where two optimizers would both add to
+        # them, and casts them to the parameter's dtype, which would round the float32
+        # accumulators of half-precision parameters.
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, p in zip(saved_ids, params, strict=True):
+            saved = state_dict["state"].get(saved_id, {}).get("accumulator")
+            if saved is not None:
+                self.state[p]["accumulator"] = saved.to(
+                    device=p.device, dtype=_accumulator_dtype(p), copy=True
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one update.
+
+        Args:
+            closure: re-evaluates the model and returns the loss (optional).
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a non-finite gradient in a group with ``nonfinite="raise"``, or a sparse
+                gradient of another layout than COO; nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._check_gradients()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                # The key and not the dict: Avalanche leaves an empty dict for a new head.
+                if "accumulator" not in state:
+                    state["accumulator"] = torch.zeros_like(
+                        p, dtype=_accumulator_dtype(p), memory_format=torch.preserve_format
+                    )
+                update = _sparse_update_ if p.grad.is_sparse else classp_update_
+                update(
+                    p,
+                    p.grad,
+                    state["accumulator"],
+                    lr=float(group["lr"]),
+                    threshold=float(group["threshold"]),
+                    epsilon=float(group["epsilon"]),
+                    power=float(group["power"]),
+                    apply_decay=group["apply_decay"],
+                    maximize=group["maximize"],
+                    skip_nonfinite=group["nonfinite"] == "skip",
+                )
+        return loss
+
+    def _check_gradients(self) -> None:
+        """Raise, before anything is changed, if a gradient cannot be used."""
+        verdicts = []
+        places = []
+        for group_index, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                    raise RuntimeError(
+                        f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} "
+                        f"of group {group_index} has one of layout {p.grad.layout}"
+                    )
+                if group["nonfinite"] == "skip":
+                    continue
+                # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
+                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                if values.numel() == 0:
+                    continue
+                low, high = torch.aminmax(values)  # NaN comes through
+                limit = _largest_usable_gradient(_accumulator_dtype(p), float(group["power"]))
+                verdicts.append((high <= limit) & (low >= -limit))
+                places.append((group_index, index))
+        if not verdicts:
+            return
+        usable = torch.stack([v.to(verdicts[0].device) for v in verdicts]).tolist()
+        if all(usable):
+            return
+        group_index, index = places[usable.index(False)]
+        group = self.param_groups[group_index]
+        names = group.get("param_names")
+        name = f" {names[index]!r}" if names else ""
+        raise RuntimeError(
+            f"non-finite gradient (NaN, infinite, or too large for |g|**power with "
+            f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
+            f"{tuple(group['params'][index].shape)}; {usable.count(False)} of {len(usable)} "
+            f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
+            f"pass nonfinite='skip' to leave such weights as they are"
+        )
+
+
+CLASSP_optimizer = CLASSPOptimizer
+"""The name in the author's code; same keywords."""
+
+
+def classp_update_(
+    param: Tensor,
+    grad: Tensor,
+    accumulator: Tensor,
+    *,
+    lr: float,
+    threshold: float,
+    epsilon: float,
+    power: float,
+    apply_decay: bool,
+    maximize: bool = False,
+    skip_nonfinite: bool = False,
+) -> None:
+    """Apply the update rule to one dense parameter, in place: the ground truth of every path.
+
+    Args:
+        param: the weights w, any shape; changed in place.
+        grad: their gradients g, the same shape; left as they are.
+        accumulator: A, the same shape, float32 or float64; changed in place.
+        lr: see :class:`CLASSPOptimizer`, here and below.
+        threshold: compared with g², strictly.
+        epsilon: added to A inside the root.
+        power: p.
+        apply_decay: whether A scales the step.
+        maximize: negate the gradient.
+        skip_nonfinite: leave weights alone whose g or ``|g|**power`` is not finite.
+    """
+    dtype = accumulator.dtype
+    # hardshrink keeps the gradients with |g| > cutoff and makes the others zero. A zero gradient
+    # changes neither A nor w, so nothing below needs a mask.
+    g = torch.nn.functional.hardshrink(grad.to(dtype), _cutoff(threshold, dtype))
+    if skip_nonfinite:
+        g = torch.where(g.abs() <= _largest_usable_gradient(dtype, power), g, 0.0)
+    if maximize:
+        g = -g
+
+    if power == 1:
+        accumulator.add_(g.abs())
+    elif power == 2:
+        accumulator.addcmul_(g, g)
+    else:
+        accumulator.add_(g.abs().pow_(power))
+
+    if not apply_decay:
+        param.add_(g, alpha=-lr)
+        return
+    root = accumulator + epsilon
+    if power == 2:
+        root.sqrt_()
+    elif power != 1:
+        root.pow_(1 / power)
+    if _root_may_vanish(dtype, epsilon, power):
+        root.masked_fill_(root == 0, math.inf)  # 0/0 for a weight without history: no step
+    param.addcdiv_(g, root, value=-lr)
+
+
+def _sparse_update_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyper: Any) -> None:
+    """Apply the update rule to the entries that a sparse COO gradient names.
+
+    The others have gradient zero, and the rule leaves such weights alone.
+    """
+    grad = grad.coalesce()  # each entry once, repeated ones summed
+    where = tuple(grad.indices())
+    weights, history = param[where], accumulator[where]
+    classp_update_(weights, grad.values(), history, **hyper)
+    param[where] = weights
+    accumulator[where] = history
+
+
+def _accumulator_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=256)
+def _cutoff(threshold: float, dtype: torch.dtype) -> float:
+    """Return the largest c of the dtype with c² <= threshold, so that g² > threshold ⇔ |g| > c.
+
+    Squaring the gradient instead would underflow (float32 below 4e-23, float16 below 3e-4) and
+    make small gradients vanish at threshold 0.
+    """
+    exact = Fraction(threshold)
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    if Fraction(largest.item()) ** 2 <= exact:
+        return largest.item()
+    c = torch.tensor(math.sqrt(threshold), dtype=dtype)
+    while Fraction(c.item()) ** 2 > exact:
+        c = torch.nextafter(c, -largest)
+    while Fraction(above := torch.nextafter(c, largest).item()) ** 2 <= exact:
+        c.fill_(above)
+    return c.item()
+
+
+@lru_cache(maxsize=256)
+def _largest_usable_gradient(dtype: torch.dtype, power: float) -> float:
+    """Return the largest |g| whose ``|g|**power`` is finite in the dtype, on the safe side."""
+    largest = torch.finfo(dtype).max
+    return largest if power <= 1 else largest ** (1 / power) * (1 - 1e-6)
+
+
+@lru_cache(maxsize=256)
+def _root_may_vanish(dtype: torch.dtype, epsilon: float, power: float) -> bool:
+    """Tell whether (epsilon + A)^(1/power) can be zero, or lose its digits, in the dtype."""
+    if epsilon == 0:
+        return True
+    return math.log(epsilon) / power < math.log(torch.finfo(dtype).tiny)
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def _validate_lr(value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
+        value = value.item()
+    _validate_nonnegative("lr", value)
+
+
+def _validate_nonnegative(name: str, value: Any) -> None:
+    _require_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def _validate_power(value: Any) -> None:
+    _require_number("power", value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"power must be finite and greater than 0, got {value!r}")
+
+
+def _validate_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        )
+
+
+def _validate_nonfinite(value: Any) -> None:
+    if value not in _NONFINITE_POLICIES:
+        raise ValueError(f"nonfinite must be one of {_NONFINITE_POLICIES}, got {value!r}")
+
+
+_VALIDATORS: dict[str, Callable[[Any], None]] = {
+    "lr": _validate_lr,
+    "threshold": lambda value: _validate_nonnegative("threshold", value),
+    "epsilon": lambda value: _validate_nonnegative("epsilon", value),
+    "power": _validate_power,
+    "apply_decay": lambda value: _validate_flag("apply_decay", value),
+    "maximize": lambda value: _validate_flag("maximize", value),
+    "nonfinite": _validate_nonfinite,
+}
+
+
+def validate_hyperparameters(values: Mapping[str, Any]) -> None:
+    """Check the CLASSP hyper-parameters among ``values``; other keys are left to the caller.
+
+    Raises:
+        TypeError: a value of a wrong type; the message names the argument and the value.
+        ValueError: a value out of its range; likewise.
+    """
+    for name, value in values.items():
+        if name in _VALIDATORS:
+            _VALIDATORS[name](value)

@@ -1,0 +1,342 @@
+"""CLASSP as an Avalanche plugin, beside any strategy and any other plugin."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from avalanche.benchmarks import OnlineCLExperience
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+from torch.optim import Optimizer
+
+from avalanche_classp.optimizer import CLASSPOptimizer, validate_hyperparameters
+
+__all__ = ["PAPER_PHASES", "CLASSPPlugin"]
+
+PAPER_PHASES: tuple[Mapping[str, Any], ...] = (
+    {"apply_decay": False},
+    {"apply_decay": True, "threshold": 0.0},
+)
+"""The paper's schedule for ``phases=``: the first experience trains without decay, above the
+threshold that the parameter groups have (the accumulators grow, the steps are SGD's); from the
+second on the accumulators suppress the steps and every non-zero gradient counts. The paper's
+vision experiment (MNIST, then Fashion-MNIST) uses it with lr 0.2, threshold 0.5, epsilon 1e-5 and
+power 1."""
+
+_PHASE_KEYS = ("lr", "threshold", "epsilon", "power", "apply_decay")
+# What an optimizer that is being replaced hands on, where it has it.
+_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite")
+# Choices of implementation: nothing is lost with them.
+_IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
+
+
+class CLASSPPlugin(SupervisedPlugin):
+    """Makes any Avalanche strategy train with CLASSP, and carries what it learnt to protect.
+
+    When training (or an evaluation before it) begins, the plugin replaces the strategy's optimizer
+    by a :class:`~avalanche_classp.CLASSPOptimizer` with the same parameter groups; a
+    CLASSPOptimizer is used as it is. From then on the accumulators survive what Avalanche does to
+    models and optimizers: the reset before the first ``train()``, heads that grow (the history of
+    the old classes is kept to the bit, new classes start at zero), new heads, and evaluations that
+    replace a head's tensors, also in the middle of an experience. They are carried by parameter
+    name, and the plugin holds no tensors between experiences.
+
+    Args:
+        lr: for every parameter group, also those with an lr of their own. Default (None): each
+            group keeps the lr of the optimizer that is replaced.
+        threshold: for every group that does not name it itself, as all that follow. Default
+            (None): CLASSPOptimizer's default, as all that follow.
+        epsilon: see :class:`~avalanche_classp.CLASSPOptimizer`.
+        power: likewise.
+        apply_decay: likewise.
+        nonfinite: likewise.
+        phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
+            keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
+            ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
+            group's original value. Default (None): nothing changes.
+
+    Raises:
+        TypeError: an argument or a phase of a wrong type.
+        ValueError: a value out of its range, an unknown key in a phase, no phases; at the start
+            of training: hyper-parameters given both here and by a CLASSPOptimizer, a second
+            CLASSPPlugin, or another plugin (a learning-rate scheduler) that holds the optimizer
+            which is being replaced and would go on with a dead one.
+
+    Warns:
+        UserWarning: the optimizer that is replaced had settings without a counterpart (momentum,
+            weight decay), or a parameter changed its shape in a way that is not growth, so that
+            its history was dropped.
+
+    Experiences are counted when their training is finished, so an interrupted one keeps its
+    phase when it is trained again. In an online stream (``split_online_stream``) the boundaries
+    count where they are known (``access_task_boundaries=True``): all sub-experiences of one
+    experience share its phase. Where they are not known every sub-experience counts as an
+    experience of its own; give no phases there, or count on that.
+
+    A learning-rate scheduler needs the optimizer that is really used: build the CLASSPOptimizer
+    yourself and give it to the scheduler and to the strategy. Phases that name lr and a scheduler
+    do not go together: the later writer wins.
+
+    ``train(..., reset_optimizer_state=True)`` asks Avalanche to forget the optimizer's state, and
+    the accumulators are forgotten then. EarlyStoppingPlugin takes weights back to an earlier
+    epoch; the accumulators keep what was seen since.
+
+    Example::
+
+        strategy = Naive(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+            plugins=[CLASSPPlugin(threshold=1e-6)],
+        )
+
+    Source: https://arxiv.org/abs/2405.09637, section "Algorithm" for the rule, the vision
+    experiment for :data:`PAPER_PHASES`.
+    """
+
+    def __init__(
+        self,
+        lr: float | Tensor | None = None,
+        threshold: float | None = None,
+        epsilon: float | None = None,
+        power: float | None = None,
+        apply_decay: bool | None = None,
+        *,
+        nonfinite: str | None = None,
+        phases: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        given: dict[str, Any] = {
+            "lr": lr,
+            "threshold": threshold,
+            "epsilon": epsilon,
+            "power": power,
+            "apply_decay": apply_decay,
+            "nonfinite": nonfinite,
+        }
+        self.hyperparameters = {k: v for k, v in given.items() if v is not None}
+        """What was given; None was left out."""
+        validate_hyperparameters(self.hyperparameters)
+
+        self.phases = None if phases is None else _validated_phases(phases)
+        """The phases, or None."""
+        self.experiences_seen = 0
+        """Number of experiences trained to their end: the index of the current one."""
+
+        self._optimizer: CLASSPOptimizer | None = None
+        self._phase: Mapping[str, Any] | None = None
+        self._before_phase: list[dict[str, Any]] = []
+        self._in_experience = False
+        self._history: dict[str, Tensor] = {}
+
+    def take_over(self, strategy: Any) -> None:
+        """Replace the strategy's optimizer by a CLASSPOptimizer, unless it is one.
+
+        Called when training or evaluation begins; call it earlier to have the optimizer at hand.
+
+        Raises:
+            ValueError: as the class says.
+        """
+        optimizer = strategy.optimizer
+        if optimizer is self._optimizer:
+            return
+        if any(isinstance(p, CLASSPPlugin) and p is not self for p in strategy.plugins):
+            raise ValueError("plugins holds more than one CLASSPPlugin; give one")
+        if not isinstance(optimizer, CLASSPOptimizer):
+            _refuse_dead_references(strategy.plugins, optimizer)
+            strategy.optimizer = _classp_with_groups_of(optimizer, self.hyperparameters)
+        elif self.hyperparameters:
+            raise ValueError(
+                f"{_listed(self.hyperparameters)} given to the plugin although the optimizer is a "
+                f"CLASSPOptimizer with values of its own; give them in one place"
+            )
+        self._optimizer = strategy.optimizer
+        self._phase, self._before_phase = None, []
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Take over the optimizer."""
+        self._start(strategy)
+
+    def before_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Take over the optimizer: evaluation may replace a head's tensors."""
+        self._start(strategy)
+
+    def _start(self, strategy: Any) -> None:
+        self.take_over(strategy)
+        if strategy.optimized_param_id is None:
+            # Avalanche would do this later with reset_optimizer_state=True, and after evaluation
+            # may have replaced tensors that the optimizer then keeps for good.
+            strategy.make_optimizer()
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the accumulators by name; Avalanche adapts model and optimizer next."""
+        self._history = _accumulators_by_name(strategy)
+
+    def before_training_exp(
+        self, strategy: Any, reset_optimizer_state: bool = False, **kwargs: Any
+    ) -> None:
+        """Give the accumulators back to the adapted parameters, and set the phase."""
+        if not reset_optimizer_state:
+            _restore_accumulators(strategy, self._history)
+        self._history = {}
+        self._in_experience = True
+        if self.phases is not None:
+            self._enter(self.phases[min(self.experiences_seen, len(self.phases) - 1)])
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse to look on while another optimizer trains (AR1 and L2P make one of their own).
+
+        Raises:
+            ValueError: if the strategy or another plugin has replaced the optimizer.
+        """
+        if strategy.optimizer is not self._optimizer:
+            raise ValueError(
+                f"the strategy's optimizer was replaced by {type(strategy.optimizer).__name__} "
+                f"after CLASSPPlugin took it over; CLASSP cannot train {type(strategy).__name__}"
+            )
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Count the experience, unless it is a part of one that goes on."""
+        self._in_experience = False
+        if _is_end_of_experience(strategy.experience):
+            self.experiences_seen += 1
+
+    def after_eval(self, strategy: Any, **kwargs: Any) -> None:
+        """Follow tensors that an evaluation in the middle of an experience has replaced."""
+        if self._in_experience:
+            history = _accumulators_by_name(strategy)
+            strategy.make_optimizer()
+            _restore_accumulators(strategy, history)
+
+    def _enter(self, phase: Mapping[str, Any]) -> None:
+        """Undo the last phase in every group and apply this one; do nothing within a phase.
+
+        Values that no phase names are never touched, so that a scheduler may change them.
+        """
+        if phase is self._phase:
+            return
+        assert self._optimizer is not None
+        for group, original in zip(self._optimizer.param_groups, self._before_phase, strict=False):
+            group.update(original)
+        self._before_phase = [
+            {key: group[key] for key in phase} for group in self._optimizer.param_groups
+        ]
+        for group in self._optimizer.param_groups:
+            group.update(phase)
+        self._phase = phase
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(phases, str | Mapping) or not isinstance(phases, Sequence):
+        raise TypeError(f"phases must be a sequence of dicts, got {phases!r}")
+    if not phases:
+        raise ValueError(f"phases must hold at least one phase, got {phases!r}")
+    for i, phase in enumerate(phases):
+        if not isinstance(phase, Mapping):
+            raise TypeError(f"phases[{i}] must be a dict of hyper-parameters, got {phase!r}")
+        for key in phase:
+            if key not in _PHASE_KEYS:
+                raise ValueError(f"phases[{i}] has the key {key!r}; known are {_PHASE_KEYS}")
+        try:
+            validate_hyperparameters(phase)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"phases[{i}]: {error}") from None
+    return tuple(dict(phase) for phase in phases)
+
+
+def _refuse_dead_references(plugins: Sequence[Any], optimizer: Optimizer) -> None:
+    """Raise if a plugin holds the optimizer, or a scheduler of it, that is being replaced."""
+    for plugin in plugins:
+        for name, value in getattr(plugin, "__dict__", {}).items():
+            if value is optimizer or getattr(value, "optimizer", None) is optimizer:
+                raise ValueError(
+                    f"{type(plugin).__name__}.{name} holds the {type(optimizer).__name__} that "
+                    f"CLASSPPlugin replaces, and would go on with a dead optimizer; build a "
+                    f"CLASSPOptimizer, give it to {type(value).__name__} and pass it to the "
+                    f"strategy as optimizer="
+                )
+
+
+def _classp_with_groups_of(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimizer:
+    groups = []
+    ignored: dict[str, Any] = {}
+    signature = inspect.signature(type(optimizer)).parameters
+    for group in optimizer.param_groups:
+        carried = {key: group[key] for key in _CARRIED_KEYS if key in group}
+        if "lr" in given:
+            carried["lr"] = given["lr"]
+        names = group.get("param_names", ())
+        named = len(names) == len(group["params"]) > 0
+        params = list(zip(names, group["params"], strict=True)) if named else list(group["params"])
+        groups.append({"params": params, **carried})
+        ignored |= {
+            key: value
+            for key, value in group.items()
+            if key in signature
+            and key not in (*_CARRIED_KEYS, *_IMPLEMENTATION_KEYS, "params")
+            and value != signature[key].default
+        }
+    if ignored:
+        warnings.warn(
+            f"CLASSPPlugin replaces {type(optimizer).__name__}, and CLASSP has no counterpart for "
+            f"{_listed(ignored)}: ignored",
+            stacklevel=2,
+        )
+    return CLASSPOptimizer(groups, **given)
+
+
+def _accumulators_by_name(strategy: Any) -> dict[str, Tensor]:
+    """Return the accumulators that the optimizer holds, by the names of their parameters."""
+    state = strategy.optimizer.state
+    # Where evaluation has replaced a tensor of the model, the optimizer still holds the one that
+    # Avalanche noted under the same name.
+    noted = strategy.optimized_param_id or {}
+    model = dict(strategy.model.named_parameters())
+    found = {}
+    for name in {**noted, **model}:
+        for p in (model.get(name), noted.get(name)):
+            if p is not None and "accumulator" in state.get(p, ()):
+                found[name] = state[p]["accumulator"]
+                break
+    return found
+
+
+def _restore_accumulators(strategy: Any, history: Mapping[str, Tensor]) -> None:
+    state = strategy.optimizer.state
+    for name, p in strategy.model.named_parameters():
+        old = history.get(name)
+        if old is None:
+            continue
+        accumulator = _fitted(name, old, p)
+        if accumulator is not None:
+            state[p] = {"accumulator": accumulator}
+
+
+def _fitted(name: str, old: Tensor, param: Tensor) -> Tensor | None:
+    """Return the history in the parameter's shape and on its device, zero where it has grown."""
+    if old.shape == param.shape:
+        return old.to(param.device)
+    same_rank = old.dim() == param.dim()
+    if not same_rank or any(o > n for o, n in zip(old.shape, param.shape, strict=True)):
+        warnings.warn(
+            f"parameter {name!r} changed its shape from {tuple(old.shape)} to "
+            f"{tuple(param.shape)}, which is not growth: its CLASSP history was dropped",
+            stacklevel=2,
+        )
+        return None
+    grown = torch.zeros_like(param, dtype=old.dtype, requires_grad=False)
+    grown[tuple(slice(size) for size in old.shape)] = old.to(param.device)
+    return grown
+
+
+def _is_end_of_experience(experience: Any) -> bool:
+    if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
+        return experience.is_last_subexp
+    return True

@@ -1,0 +1,102 @@
+"""CLASSP as an Avalanche strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor
+from torch.nn import CrossEntropyLoss, Module
+from torch.optim import Optimizer
+
+from avalanche_classp.optimizer import CLASSPOptimizer
+from avalanche_classp.plugin import CLASSPPlugin
+
+__all__ = ["CLASSP"]
+
+
+class CLASSP(SupervisedTemplate):
+    """Continual learning with CLASSP, used like ``avalanche.training.EWC``.
+
+    It stores no data, needs no task labels, and keeps one number per weight. All arguments are
+    keywords.
+
+    Args:
+        model: the model.
+        criterion: the loss, called with the model's output and the targets. Default (None): a
+            CrossEntropyLoss of its own.
+        optimizer: a torch optimizer whose parameter groups, with their lr, CLASSP takes over; a
+            CLASSPOptimizer is used as it is and then holds all hyper-parameters. Default (None):
+            a CLASSPOptimizer over all parameters of the model.
+        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next five; None is the
+            default there.
+        threshold: likewise.
+        epsilon: likewise.
+        power: likewise.
+        apply_decay: likewise.
+        nonfinite: likewise.
+        phases: hyper-parameters that change at experience boundaries, such as
+            ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
+        train_mb_size: training mini-batch size. Default: 1.
+        train_epochs: training epochs per experience. Default: 1.
+        eval_mb_size: evaluation mini-batch size. Default (None): ``train_mb_size``.
+        device: where the model is trained. Default: ``"cpu"``.
+        plugins: more plugins; the list is copied. Default: none.
+        evaluator: an EvaluationPlugin or a function that makes one. Default: Avalanche's.
+        eval_every: epochs between evaluations; -1 for none, 0 for one after each experience.
+            Default: -1.
+        **base_kwargs: further arguments of ``SupervisedTemplate``.
+
+    Raises:
+        TypeError, ValueError: as :class:`~avalanche_classp.CLASSPPlugin`, at once.
+
+    Source: https://arxiv.org/abs/2405.09637
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Module,
+        criterion: Callable[..., Tensor] | None = None,
+        optimizer: Optimizer | None = None,
+        lr: float | Tensor | None = None,
+        threshold: float | None = None,
+        epsilon: float | None = None,
+        power: float | None = None,
+        apply_decay: bool | None = None,
+        nonfinite: str | None = None,
+        phases: Sequence[Mapping[str, Any]] | None = None,
+        train_mb_size: int = 1,
+        train_epochs: int = 1,
+        eval_mb_size: int | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[SupervisedPlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        eval_every: int = -1,
+        **base_kwargs: Any,
+    ) -> None:
+        classp = CLASSPPlugin(
+            lr, threshold, epsilon, power, apply_decay, nonfinite=nonfinite, phases=phases
+        )
+        if optimizer is None:
+            optimizer = CLASSPOptimizer(model.parameters(), **classp.hyperparameters)
+            classp.hyperparameters = {}
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=CrossEntropyLoss() if criterion is None else criterion,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=[*(plugins or ()), classp],
+            evaluator=evaluator,
+            eval_every=eval_every,
+            **base_kwargs,
+        )
+        classp.take_over(self)
