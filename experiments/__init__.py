@@ -1,0 +1,1 @@
+"""Continual-learning experiments: one config, one run, one result file, one report."""

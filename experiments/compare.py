@@ -1,0 +1,149 @@
+"""Many runs: in parallel processes, finished ones skipped, failures recorded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.config import RunConfig
+from experiments.errors import UserError
+from experiments.resultfiles import Results
+
+_progress_queue: Any = None  # in a worker: where it reports finished experiences
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    results: Results,
+    data_root: Path | None = None,
+    jobs: int | None = None,
+    steps: Callable[[RunConfig], int] = lambda config: 1,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Do the runs that are not done yet and save each as it ends.
+
+    A run that raises is saved as a failure and the others go on; it is tried again next time.
+    Ctrl-C, a kill and a lost process cost the unfinished runs alone.
+
+    Args:
+        configs: what to run.
+        results: where finished runs are found and saved.
+        data_root: see :func:`experiments.benchmarks.make_benchmark`.
+        jobs: processes, each with one thread. Default: one for each core.
+        steps: how often a run reports progress.
+        quiet: show no progress bar.
+
+    Returns:
+        The failures, as ``{"config": ..., "error": ...}``.
+    """
+    done = {RunConfig.from_dict(r["config"]).key() for r in results.finished(configs)}
+    todo = [config for config in configs if config.key() not in done]
+    if not todo:
+        return []
+    # Spawned and not forked: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    reports = context.Queue()
+    failures = []
+    bar = tqdm(
+        total=sum(map(steps, todo)),
+        unit="exp",
+        desc=f"{len(todo)} runs" + (f", {len(done)} done before" if done else ""),
+        disable=quiet,
+    )
+    with bar, _pool(min(jobs or available_cores(), len(todo)), context, reports) as pool:
+        pending = {pool.submit(_run_in_worker, config, data_root): config for config in todo}
+        try:
+            while pending:
+                ended, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                bar.update(_drain(reports))
+                for future in ended:
+                    result = _outcome(future, pending.pop(future))
+                    results.save(result)
+                    if "error" in result:
+                        failures.append(result)
+                        bar.write(_failure_line(result))
+            bar.update(_drain(reports))
+        except BaseException:
+            # The executor would wait for the running ones.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return failures
+
+
+def _pool(size: int, context: Any, reports: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(size, context, initializer=_start_worker, initargs=(reports,))
+
+
+def _start_worker(reports: Any) -> None:
+    global _progress_queue
+    _progress_queue = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, also by SIGKILL, and do not outlive it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(config: RunConfig, data_root: Path | None) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # Avalanche's imports warn of optional packages.
+        warnings.simplefilter("ignore")
+        from experiments.run import run
+
+        try:
+            return run(config, data_root, progress=lambda: _progress_queue.put(1))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown
+            if isinstance(error, UserError):
+                return {"config": config.as_dict(), "error": str(error)}
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            return {
+                "config": config.as_dict(),
+                "error": line,
+                "traceback": traceback.format_exc(),
+            }
+
+
+def _outcome(future: Future[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        error = "a worker process was killed (out of memory?) while this run was waiting or running"
+        return {"config": config.as_dict(), "error": error}
+
+
+def _failure_line(result: dict[str, Any]) -> str:
+    config = result["config"]
+    return f"FAILED {config['method']}, seed {config['seed']}: {result['error']}"
+
+
+def _drain(reports: Any) -> int:
+    count = 0
+    try:
+        while True:
+            count += reports.get_nowait()
+    except queue.Empty:
+        return count

@@ -1,0 +1,133 @@
+"""What defines a run: the same RunConfig gives the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from experiments.errors import UserError
+
+SETTINGS_FILE = Path(__file__).with_name("settings.json")
+"""What the search chose for each benchmark, scenario and method (see results/README.md)."""
+
+Hyper = Mapping[str, float | int | str | bool]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Everything that changes its numbers is here; paths are not.
+
+    Attributes:
+        benchmark: name of the benchmark.
+        scenario: task, domain or class.
+        method: name of the method.
+        seed: seeds model, data order and benchmark.
+        epochs: training epochs per experience (over the joint data for ``joint``).
+        batch_size: training mini-batch size.
+        hyper: the method's own hyper-parameters, all of them.
+        device: torch device.
+        validation: evaluate on a part of the training data that is then not trained on, and
+            leave the test data alone: for choosing settings.
+        train_share: with ``validation``, the share of the other training data that is used.
+    """
+
+    benchmark: str
+    scenario: str
+    method: str
+    seed: int
+    epochs: int
+    batch_size: int
+    hyper: Hyper = field(default_factory=dict)
+    device: str = "cpu"
+    validation: bool = False
+    train_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        object.__setattr__(self, "hyper", MappingProxyType(dict(sorted(self.hyper.items()))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config as JSON can hold it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "hyper": dict(self.hyper)}
+
+    def __reduce__(self) -> Any:
+        return (_from_dict, (self.as_dict(),))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Make a config from :meth:`as_dict`'s value.
+
+        Raises:
+            UserError: unknown or missing keys, or values out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise UserError(f"unknown config keys {sorted(unknown)}; known are {sorted(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"incomplete config: {error}") from None
+
+    def key(self) -> str:
+        """Return a text that is equal for equal configs."""
+        return json.dumps(self.as_dict(), sort_keys=True)
+
+    def setting(self) -> str:
+        """Return a text that is equal for configs that differ in the seed alone."""
+        return json.dumps({**self.as_dict(), "seed": None}, sort_keys=True)
+
+
+def _from_dict(values: dict[str, Any]) -> RunConfig:
+    return RunConfig.from_dict(values)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Epochs, batch size and hyper-parameters of a method on a benchmark and scenario."""
+
+    epochs: int
+    batch_size: int
+    hyper: Hyper
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the setting as JSON can hold it."""
+        return asdict(self)
+
+
+@cache
+def _settings() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+
+
+def chosen_setting(benchmark: str, scenario: str, method: str) -> Setting | None:
+    """Return what the search chose, or None where nothing was searched."""
+    entry = _settings().get(f"{benchmark}/{scenario}", {}).get(method)
+    return None if entry is None else Setting(**entry)
+
+
+def parse_value(text: str, like: float | int | str | bool, name: str) -> float | int | str | bool:
+    """Turn the text into a value of the same type as ``like``.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        if isinstance(like, bool):
+            return {"true": True, "false": False}[text.lower()]
+        value = type(like)(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        kind = {bool: "true or false", int: "a whole number", float: "a finite number"}
+        raise UserError(f"{name} must be {kind[type(like)]}, got {text!r}") from None

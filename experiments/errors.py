@@ -1,0 +1,5 @@
+"""The error that the command line shows as one line."""
+
+
+class UserError(Exception):
+    """Something that the user can put right; its message says what and how."""

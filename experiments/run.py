@@ -1,0 +1,207 @@
+"""One run: train a method on a stream, evaluate after each experience, return the result."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.evaluation.metrics import (
+    accuracy_metrics,
+    confusion_matrix_metrics,
+    forgetting_metrics,
+    timing_metrics,
+)
+from avalanche.training import JointTraining
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin
+from torch import Tensor, nn
+
+from experiments.benchmarks import count_labels, make_benchmark, make_model
+from experiments.config import RunConfig
+from experiments.errors import UserError
+from experiments.methods import METHODS
+
+EVAL_BATCH_SIZE = 512
+
+
+def run(
+    config: RunConfig,
+    data_root: Path | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
+
+    Args:
+        config: what to run.
+        data_root: see :func:`experiments.benchmarks.make_benchmark`.
+        progress: called after each experience is trained and evaluated.
+
+    Returns:
+        The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
+
+    Raises:
+        UserError: the data or the device is missing, or the training diverged to non-finite
+            gradients.
+    """
+    # With one thread a run gives the same numbers alone and beside others.
+    torch.set_num_threads(1)
+    RNGManager.set_random_seeds(config.seed)
+    device = _device(config.device)
+    benchmark = make_benchmark(
+        config.benchmark, config.scenario, data_root, config.validation, config.train_share
+    )
+    model = make_model(config.benchmark, config.scenario)
+    evaluator = _evaluator(count_labels(config.benchmark, config.scenario))
+    strategy = METHODS[config.method].build(
+        model,
+        config.hyper,
+        {
+            "criterion": nn.CrossEntropyLoss(),
+            "train_mb_size": config.batch_size,
+            "train_epochs": config.epochs,
+            "eval_mb_size": EVAL_BATCH_SIZE,
+            "device": device,
+            "evaluator": evaluator,
+        },
+    )
+
+    started = time.perf_counter()
+    steps = _train(strategy, benchmark, progress)
+    experiences = len(benchmark.train_stream)
+    train_seconds = [step["train_seconds"] for step in steps]
+    # Heads may have come on the way.
+    parameters = sum(p.numel() for p in strategy.model.parameters())
+    matrix = [step["accuracies"] for step in steps]
+    return {
+        "config": config.as_dict(),
+        "average_accuracy": sum(matrix[-1]) / experiences,
+        # Joint training has no earlier accuracy to forget from; Avalanche says 0 then.
+        "forgetting": steps[-1]["forgetting"] if len(steps) > 1 else None,
+        "accuracy_matrix": matrix,
+        "confusion_matrix": steps[-1]["confusion_matrix"],
+        "train_seconds": train_seconds,
+        "eval_seconds": [step["eval_seconds"] for step in steps],
+        "seconds_per_experience": sum(train_seconds) / experiences,
+        "wall_seconds": time.perf_counter() - started,
+        "parameters": parameters,
+        "state_bytes": [step["state_bytes"] for step in steps],
+        "state_bytes_per_parameter": steps[-1]["state_bytes"] / parameters,
+        "environment": _environment(),
+    }
+
+
+def _train(strategy: Any, benchmark: Any, progress: Callable[[], None]) -> list[dict[str, Any]]:
+    """Train experience by experience (all at once for joint training), evaluating after each."""
+    stream = benchmark.train_stream
+    steps = []
+    for part in [stream] if isinstance(strategy, JointTraining) else stream:
+        begin = time.perf_counter()
+        strategy.train(part, eval_streams=[])
+        # Avalanche times epochs, which leaves out what EWC does after the last one.
+        seconds = time.perf_counter() - begin
+        measured = strategy.eval(benchmark.test_stream)
+        steps.append(
+            {
+                "train_seconds": seconds,
+                "state_bytes": method_state_bytes(strategy),
+                **_read_metrics(measured, len(benchmark.test_stream)),
+            }
+        )
+        progress()
+    return steps
+
+
+def _read_metrics(measured: Mapping[str, Any], experiences: int) -> dict[str, Any]:
+    def value(metric: str) -> Any:
+        found = [v for k, v in measured.items() if k.startswith(metric)]
+        return found[-1] if found else None
+
+    accuracies = {
+        int(key.rsplit("/Exp", 1)[1]): accuracy
+        for key, accuracy in measured.items()
+        if key.startswith("Top1_Acc_Exp/eval_phase/")
+    }
+    return {
+        "accuracies": [accuracies[i] for i in range(experiences)],
+        "forgetting": value("StreamForgetting/eval_phase/"),
+        "eval_seconds": value("Time_Stream/eval_phase/"),
+        "confusion_matrix": value("ConfusionMatrix_Stream/eval_phase/").tolist(),
+    }
+
+
+def _evaluator(labels: int) -> EvaluationPlugin:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        return EvaluationPlugin(
+            accuracy_metrics(experience=True),
+            forgetting_metrics(stream=True),
+            timing_metrics(stream=True),
+            confusion_matrix_metrics(num_classes=labels, stream=True, save_image=False),
+            loggers=[],
+        )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}); try cpu") from None
+    return device
+
+
+def _environment() -> dict[str, str]:
+    packages = ("torch", "torchvision", "avalanche-lib", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": "1",
+    }
+
+
+def method_state_bytes(strategy: Any) -> int:
+    """Count the bytes that a method keeps between experiences, beside the model itself.
+
+    That is every tensor in the optimizer's state and every tensor that a plugin holds (saved
+    parameters, importances, former models), each storage once.
+    """
+    own = {p.untyped_storage().data_ptr() for p in strategy.model.parameters()}
+    own |= {b.untyped_storage().data_ptr() for b in strategy.model.buffers()}
+    # Metrics are not part of the method; a plugin's optimizer is the strategy's.
+    held = [p for p in strategy.plugins if p is not strategy.evaluator]
+    skip = {id(strategy.model), id(strategy.optimizer), id(strategy.evaluator)}
+    storages = {
+        s.data_ptr(): s.nbytes()
+        for root in (strategy.optimizer.state, *held)
+        for s in (t.untyped_storage() for t in _tensors(root, skip))
+    }
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        # The keys of an optimizer's state are the parameters themselves.
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, BasePlugin) or type(value).__module__.startswith("avalanche."):
+        yield from _tensors(vars(value), seen)
