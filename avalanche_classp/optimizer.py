@@ -59,9 +59,9 @@ class CLASSPOptimizer(Optimizer):
       ``initial_accumulator_value=epsilon``. ``apply_decay=False, threshold=0`` is plain SGD.
 
     How to choose values. With ``power=1`` a weight's whole travel is bounded by about
-    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`, where
-    :math:`A_\text{start}` is epsilon plus the first gradient's size: lr is a length in weight
-    space, not a rate. Choose it as the distance that you would let a weight go (0.001 to 0.1 for
+    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`, where both count epsilon
+    in and :math:`A_\text{start}` has the first gradient: lr is a length in weight space, not a
+    rate. Choose it as the distance that you would let a weight go (0.001 to 0.1 for
     usual initialisations), not as SGD's lr. A smaller ``power`` forgives less: the effective rate
     falls like :math:`A^{-1/\textit{power}}`. ``epsilon`` is the history that every weight is born
     with: far below a typical :math:`|g|^\textit{power}` each weight's first step has length lr
@@ -81,8 +81,9 @@ class CLASSPOptimizer(Optimizer):
         power: exponent of the accumulated gradients, > 0 (p). Default: 1.
         apply_decay: whether the accumulators scale the steps. Default: True.
         maximize: maximize the objective instead of minimizing it. Default: False.
-        nonfinite: what to do about a gradient that is NaN or infinite, or so large that
-            ``|g|**power`` is. ``"raise"``: :meth:`step` raises a RuntimeError that names the
+        nonfinite: what to do about a gradient that is NaN or infinite, or so large that a sum of
+            ``|g|**power`` could become infinite (in float32 above 1e31 with power 1, above 3e15
+            with power 2). ``"raise"``: :meth:`step` raises a RuntimeError that names the
             parameter, before any weight or accumulator has changed; catch it to drop the batch.
             ``"skip"``: these weights and their accumulators stay as they are, the others are
             updated. In no case does such a gradient enter an accumulator, which would freeze the
@@ -177,18 +178,34 @@ class CLASSPOptimizer(Optimizer):
         Raises:
             ValueError: if the groups differ in number or in size from this optimizer's.
         """
-        super().load_state_dict(state_dict)
-        # torch shares the tensors with the state_dict, where two optimizers would both add to
-        # them, and casts them to the parameter's dtype, which would round the float32
-        # accumulators of half-precision parameters.
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(saved_id, {}).get("accumulator")
-            if saved is not None:
-                self.state[p]["accumulator"] = saved.to(
-                    device=p.device, dtype=_accumulator_dtype(p), copy=True
-                )
+        loaded: dict[str, Any] = {}
+
+        def note(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)
+
+        def take_whole_accumulators(optimizer: Optimizer) -> None:
+            # torch shares the tensors with the state_dict, where two optimizers would both add to
+            # them, and casts them to the parameter's dtype, which would round the float32
+            # accumulators of half-precision parameters.
+            saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for saved_id, p in zip(saved_ids, params, strict=True):
+                saved = loaded["state"].get(saved_id, {}).get("accumulator")
+                if saved is not None:
+                    self.state[p]["accumulator"] = saved.to(
+                        device=p.device, dtype=_accumulator_dtype(p), copy=True
+                    )
+
+        # After the user's own pre-hooks, and before the post-hooks.
+        hooks = (
+            self.register_load_state_dict_pre_hook(note),
+            self.register_load_state_dict_post_hook(take_whole_accumulators, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -261,8 +278,9 @@ class CLASSPOptimizer(Optimizer):
                 if values.numel() == 0:
                     continue
                 low, high = torch.aminmax(values)  # NaN comes through
-                limit = _largest_usable_gradient(_accumulator_dtype(p), float(group["power"]))
-                verdicts.append((high <= limit) & (low >= -limit))
+                dtype = _accumulator_dtype(p)  # the limit does not fit in half precision
+                limit = _largest_usable_gradient(dtype, float(group["power"]))
+                verdicts.append((high.to(dtype) <= limit) & (low.to(dtype) >= -limit))
                 places.append((group_index, index))
         if not verdicts:
             return
@@ -272,9 +290,10 @@ class CLASSPOptimizer(Optimizer):
         group_index, index = places[usable.index(False)]
         group = self.param_groups[group_index]
         names = group.get("param_names")
-        name = f" {names[index]!r}" if names else ""
+        # Avalanche appends parameters to groups without their names.
+        name = f" {names[index]!r}" if names and index < len(names) else ""
         raise RuntimeError(
-            f"non-finite gradient (NaN, infinite, or too large for |g|**power with "
+            f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
             f"{tuple(group['params'][index].shape)}; {usable.count(False)} of {len(usable)} "
             f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
@@ -339,6 +358,7 @@ def classp_update_(
         root.pow_(1 / power)
     if _root_may_vanish(dtype, epsilon, power):
         root.masked_fill_(root == 0, math.inf)  # 0/0 for a weight without history: no step
+        root = torch.maximum(root, g.abs())  # underflow took digits: the step stays within lr
     param.addcdiv_(g, root, value=-lr)
 
 
@@ -347,6 +367,9 @@ def _sparse_update_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyper: A
 
     The others have gradient zero, and the rule leaves such weights alone.
     """
+    if grad.dim() == 0:
+        classp_update_(param, grad.to_dense(), accumulator, **hyper)
+        return
     grad = grad.coalesce()  # each entry once, repeated ones summed
     where = tuple(grad.indices())
     weights, history = param[where], accumulator[where]
@@ -373,29 +396,36 @@ def _cutoff(threshold: float, dtype: torch.dtype) -> float:
     c = torch.tensor(math.sqrt(threshold), dtype=dtype)
     while Fraction(c.item()) ** 2 > exact:
         c = torch.nextafter(c, -largest)
-    while Fraction(above := torch.nextafter(c, largest).item()) ** 2 <= exact:
-        c.fill_(above)
     return c.item()
 
 
 @lru_cache(maxsize=256)
 def _largest_usable_gradient(dtype: torch.dtype, power: float) -> float:
-    """Return the largest |g| whose ``|g|**power`` is finite in the dtype, on the safe side."""
-    largest = torch.finfo(dtype).max
-    return largest if power <= 1 else largest ** (1 / power) * (1 - 1e-6)
+    """Return the largest |g| with which no accumulator ever becomes infinite.
+
+    A sum stops growing when the terms are below half its last digit. With terms of at most
+    max · eps / 4 that happens before it reaches max.
+    """
+    info = torch.finfo(dtype)
+    log2_of_term = math.log2(info.max) + math.log2(info.eps) - 2
+    # A little less, for the rounding of ``|g|**power``.
+    return min(info.max, 2 ** min(log2_of_term / power, 1023) * (1 - 1e-6))
 
 
 @lru_cache(maxsize=256)
 def _root_may_vanish(dtype: torch.dtype, epsilon: float, power: float) -> bool:
     """Tell whether (epsilon + A)^(1/power) can be zero, or lose its digits, in the dtype."""
-    if epsilon == 0:
-        return True
-    return math.log(epsilon) / power < math.log(torch.finfo(dtype).tiny)
+    tiny = torch.finfo(dtype).tiny
+    return epsilon < tiny or math.log(epsilon) / power < math.log(tiny)
 
 
-def _require_number(name: str, value: Any) -> None:
+def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _validate_lr(value: Any) -> None:
@@ -407,14 +437,13 @@ def _validate_lr(value: Any) -> None:
 
 
 def _validate_nonnegative(name: str, value: Any) -> None:
-    _require_number(name, value)
-    if not 0 <= value < math.inf:
+    # What float32 cannot hold would fail in the middle of a step.
+    if not 0 <= _number(name, value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
 
 
 def _validate_power(value: Any) -> None:
-    _require_number("power", value)
-    if not 0 < value < math.inf:
+    if not 0 < _number("power", value) < math.inf:
         raise ValueError(f"power must be finite and greater than 0, got {value!r}")
 
 

@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
         help="trials for each method (default: 30)",
     )
     search.add_argument(
+        "--tuning-seeds",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="seeds that each trial is run with (default: 2)",
+    )
+    search.add_argument(
         "--train-share",
         type=float,
         default=1.0,
@@ -228,8 +235,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from experiments.compare import available_cores
     from experiments.config import SETTINGS_FILE
+    from experiments.processes import available_cores
     from experiments.resultfiles import write_atomically
     from experiments.search import search
 
@@ -240,6 +247,7 @@ def _search(options: argparse.Namespace) -> int:
         [_known("method", name) for name in dict.fromkeys(options.methods)],
         _output(options) / "search",
         options.trials,
+        options.tuning_seeds,
         spec.epochs_choices,
         spec.batch_size,
         options.data_root,

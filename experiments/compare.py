@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import queue
-import signal
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,10 @@ from tqdm import tqdm
 
 from experiments.config import RunConfig
 from experiments.errors import UserError
+from experiments.processes import CONTEXT, available_cores, make_pool, stop
 from experiments.resultfiles import Results
 
 _progress_queue: Any = None  # in a worker: where it reports finished experiences
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_all(
@@ -57,9 +49,7 @@ def run_all(
     todo = [config for config in configs if config.key() not in done]
     if not todo:
         return []
-    # Spawned and not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    reports = CONTEXT.Queue()
     failures = []
     bar = tqdm(
         total=sum(map(steps, todo)),
@@ -67,7 +57,8 @@ def run_all(
         desc=f"{len(todo)} runs" + (f", {len(done)} done before" if done else ""),
         disable=quiet,
     )
-    with bar, _pool(min(jobs or available_cores(), len(todo)), context, reports) as pool:
+    size = min(jobs or available_cores(), len(todo))
+    with bar, make_pool(size, _report_to, reports) as pool:
         pending = {pool.submit(_run_in_worker, config, data_root): config for config in todo}
         try:
             while pending:
@@ -81,31 +72,14 @@ def run_all(
                         bar.write(_failure_line(result))
             bar.update(_drain(reports))
         except BaseException:
-            # The executor would wait for the running ones.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
+            stop(pool)
             raise
     return failures
 
 
-def _pool(size: int, context: Any, reports: Any) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(size, context, initializer=_start_worker, initargs=(reports,))
-
-
-def _start_worker(reports: Any) -> None:
+def _report_to(reports: Any) -> None:
     global _progress_queue
     _progress_queue = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Wait for the parent's end, also by SIGKILL, and do not outlive it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _run_in_worker(config: RunConfig, data_root: Path | None) -> dict[str, Any]:

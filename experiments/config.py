@@ -53,6 +53,10 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not 0 < self.train_share <= 1 or (self.train_share < 1 and not self.validation):
+            raise UserError(
+                f"train_share must be in (0, 1], and 1 without validation, got {self.train_share!r}"
+            )
         object.__setattr__(self, "hyper", MappingProxyType(dict(sorted(self.hyper.items()))))
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.config import Setting
+from experiments.processes import make_pool, stop
 from experiments.resultfiles import write_atomically
 
-TUNING_SEEDS = (1000, 1001)
-"""Kept for the search; final runs use the seeds from 0 on."""
+FIRST_TUNING_SEED = 1000
+"""The seeds from here on are the search's; final runs use the seeds from 0 on."""
 
 _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
@@ -60,6 +59,7 @@ def search(
     methods: Sequence[str],
     folder: Path,
     trials: int,
+    tuning_seeds: int,
     epochs_choices: Sequence[int],
     batch_size: int,
     data_root: Path | None = None,
@@ -68,7 +68,7 @@ def search(
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
 
-    A trial's value is the average accuracy on validation data, mean over :data:`TUNING_SEEDS`; a
+    A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
     trial whose training diverges to non-finite gradients fails and counts. The sampler is
     Optuna's TPE, seeded by the number of trials done.
 
@@ -79,6 +79,7 @@ def search(
         folder: receives ``METHOD.journal`` (Optuna's storage), ``trials.csv`` and
             ``settings.json``.
         trials: trials for each method.
+        tuning_seeds: number of seeds that each trial is run with.
         epochs_choices: see :class:`experiments.benchmarks.Benchmark`.
         batch_size: of every trial.
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
@@ -89,15 +90,19 @@ def search(
         The best setting of each method.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common = (benchmark, scenario, folder, trials, tuple(epochs_choices), batch_size)
+    common = (benchmark, scenario, folder, trials, tuning_seeds, tuple(epochs_choices), batch_size)
     with (
-        ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
+        make_pool(jobs) as pool,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
         futures = [pool.submit(_search_method, m, *common, data_root, train_share) for m in methods]
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            stop(pool)
+            raise
     studies = {method: _study(method, folder) for method in methods}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
@@ -112,13 +117,13 @@ def _search_method(
     scenario: str,
     folder: Path,
     trials: int,
+    tuning_seeds: int,
     epochs_choices: tuple[int, ...],
     batch_size: int,
     data_root: Path | None,
     train_share: float,
 ) -> None:
     warnings.simplefilter("ignore")
-    logging.getLogger("optuna").setLevel(logging.ERROR)
     from experiments.methods import make_config
     from experiments.run import run
 
@@ -127,7 +132,7 @@ def _search_method(
         hyper = _SPACES[method](trial)
         trial.set_user_attr("hyper", hyper)
         total = 0.0
-        for seed in TUNING_SEEDS:
+        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds):
             config = make_config(
                 benchmark,
                 scenario,
@@ -141,7 +146,7 @@ def _search_method(
                 train_share=train_share,
             )
             total += run(config, data_root)["average_accuracy"]
-        return total / len(TUNING_SEEDS)
+        return total / tuning_seeds
 
     study = _study(method, folder)
     while (done := len(_ended(study))) < trials:
@@ -151,6 +156,7 @@ def _search_method(
 
 
 def _study(method: str, folder: Path) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     storage = JournalStorage(JournalFileBackend(str(folder / f"{method}.journal")))
     return optuna.create_study(
         study_name=method, storage=storage, direction="maximize", load_if_exists=True
