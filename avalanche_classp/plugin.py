@@ -124,12 +124,12 @@ class CLASSPPlugin(SupervisedPlugin):
         self.phases = None if phases is None else _validated_phases(phases)
         """The phases, or None."""
         self.experiences_seen = 0
-        """Number of experiences trained to their end: the index of the current one."""
+        """Number of experiences known to be trained to their end: the index of the current one."""
 
         self._optimizer: CLASSPOptimizer | None = None
         self._phase: Mapping[str, Any] | None = None
         self._before_phase: list[dict[str, Any]] = []
-        self._in_experience = False
+        self._within_experience = False
         self._history: dict[str, Tensor] = {}
 
     def take_over(self, strategy: Any) -> None:
@@ -173,7 +173,9 @@ class CLASSPPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Note the accumulators by name; Avalanche adapts model and optimizer next."""
-        self._history = _accumulators_by_name(strategy)
+        # Added to what is there: if training was interrupted between here and
+        # before_training_exp, the optimizer has lost what was noted then.
+        self._history |= _accumulators_by_name(strategy)
 
     def before_training_exp(
         self, strategy: Any, reset_optimizer_state: bool = False, **kwargs: Any
@@ -182,7 +184,10 @@ class CLASSPPlugin(SupervisedPlugin):
         if not reset_optimizer_state:
             _restore_accumulators(strategy, self._history)
         self._history = {}
-        self._in_experience = True
+        if self._within_experience and _begins_experience(strategy.experience):
+            # Avalanche does not mark the last part where all parts are of the same size.
+            self._within_experience = False
+            self.experiences_seen += 1
         if self.phases is not None:
             self._enter(self.phases[min(self.experiences_seen, len(self.phases) - 1)])
 
@@ -200,16 +205,15 @@ class CLASSPPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Count the experience, unless it is a part of one that goes on."""
-        self._in_experience = False
-        if _is_end_of_experience(strategy.experience):
+        self._within_experience = not _ends_experience(strategy.experience)
+        if not self._within_experience:
             self.experiences_seen += 1
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
-        """Follow tensors that an evaluation in the middle of an experience has replaced."""
-        if self._in_experience:
-            history = _accumulators_by_name(strategy)
-            strategy.make_optimizer()
-            _restore_accumulators(strategy, history)
+        """Follow tensors that the evaluation has replaced: training may just go on."""
+        history = _accumulators_by_name(strategy)
+        strategy.make_optimizer()
+        _restore_accumulators(strategy, history)
 
     def _enter(self, phase: Mapping[str, Any]) -> None:
         """Undo the last phase in every group and apply this one; do nothing within a phase.
@@ -281,7 +285,8 @@ def _classp_with_groups_of(optimizer: Optimizer, given: Mapping[str, Any]) -> CL
             for key, value in group.items()
             if key in signature
             and key not in (*_CARRIED_KEYS, *_IMPLEMENTATION_KEYS, "params")
-            and value != signature[key].default
+            # AdamW decays by default; that is lost as well.
+            and (value != signature[key].default or (key == "weight_decay" and value))
         }
     if ignored:
         warnings.warn(
@@ -336,7 +341,13 @@ def _fitted(name: str, old: Tensor, param: Tensor) -> Tensor | None:
     return grown
 
 
-def _is_end_of_experience(experience: Any) -> bool:
-    if isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries:
-        return experience.is_last_subexp
-    return True
+def _begins_experience(experience: Any) -> bool:
+    return not _has_known_boundaries(experience) or experience.is_first_subexp
+
+
+def _ends_experience(experience: Any) -> bool:
+    return not _has_known_boundaries(experience) or experience.is_last_subexp
+
+
+def _has_known_boundaries(experience: Any) -> bool:
+    return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries

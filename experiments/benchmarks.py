@@ -8,8 +8,10 @@ for all classes.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,18 +172,19 @@ def _dataset_folder(data_root: Path | None, name: str) -> Path:
 
 def _loaded(dataset: str, folder: Path, load: Callable[[], CLScenario]) -> CLScenario:
     try:
-        return load()
-    except (OSError, RuntimeError) as error:
-        # torchvision reports a download without network and a failed checksum like this.
+        # torchvision prints of every mirror that it tries.
+        with redirect_stdout(io.StringIO()):
+            return load()
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, TypeError) as error:
+        if not (isinstance(error, OSError) or "download" in str(error)):
+            raise UserError(
+                f"{dataset} in {folder} is damaged ({_one_line(error)}); delete that folder to "
+                f"have it downloaded again"
+            ) from error
         raise UserError(
             f"{dataset} is not in {folder} and could not be downloaded ({_one_line(error)}); "
             f"connect to the network, or put torchvision's files there and name the folder above "
             f"it with --data-root"
-        ) from error
-    except (ValueError, AssertionError, EOFError, TypeError) as error:
-        raise UserError(
-            f"{dataset} in {folder} is damaged ({_one_line(error)}); delete that folder to have "
-            f"it downloaded again"
         ) from error
 
 

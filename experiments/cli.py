@@ -313,8 +313,10 @@ def _config(
 ) -> RunConfig:
     from experiments.config import Setting, parse_value
     from experiments.methods import METHODS, make_config
+    from experiments.run import find_device
 
     spec = _benchmark(options)
+    find_device(options.device)
     known = METHODS[_known("method", method)].defaults
     for key in overrides:
         if key not in known:

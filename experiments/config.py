@@ -16,7 +16,7 @@ from experiments.errors import UserError
 SETTINGS_FILE = Path(__file__).with_name("settings.json")
 """What the search chose for each benchmark, scenario and method (see results/README.md)."""
 
-Hyper = Mapping[str, float | int | str | bool]
+Hyper = Mapping[str, float | int | bool]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def chosen_setting(benchmark: str, scenario: str, method: str) -> Setting | None
     return None if entry is None else Setting(**entry)
 
 
-def parse_value(text: str, like: float | int | str | bool, name: str) -> float | int | str | bool:
+def parse_value(text: str, like: float | int | bool, name: str) -> float | int | bool:
     """Turn the text into a value of the same type as ``like``.
 
     Raises:

@@ -129,6 +129,14 @@ def make_config(
     for key in hyper:
         if key not in known:
             raise UserError(f"{method} has no hyper-parameter {key!r}; it has {sorted(known)}")
+    for key, value in hyper.items():
+        if value < 0:
+            raise UserError(f"{key} of {method} must be at least 0, got {value!r}")
+    try:
+        # The methods check their own arguments: better now than in the middle of a comparison.
+        METHODS[method].build(nn.Linear(1, 1), hyper, {"criterion": nn.CrossEntropyLoss()})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{method}: {error}") from error
     chosen = {"epochs": setting.epochs, "batch_size": setting.batch_size, **fixed}
     return RunConfig(
         benchmark=benchmark, scenario=scenario, method=method, seed=seed, hyper=hyper, **chosen

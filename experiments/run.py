@@ -53,7 +53,7 @@ def run(
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
     RNGManager.set_random_seeds(config.seed)
-    device = _device(config.device)
+    device = find_device(config.device)
     benchmark = make_benchmark(
         config.benchmark, config.scenario, data_root, config.validation, config.train_share
     )
@@ -148,7 +148,12 @@ def _evaluator(labels: int) -> EvaluationPlugin:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the torch device of this name.
+
+    Raises:
+        UserError: it is unknown or cannot be used on this machine.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.config import Setting
+from experiments.methods import make_config
 from experiments.processes import make_pool, stop
-from experiments.resultfiles import write_atomically
+from experiments.resultfiles import make_folder, write_atomically
+from experiments.run import run
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
@@ -89,7 +92,10 @@ def search(
     Returns:
         The best setting of each method.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    for method in methods:
+        config = make_config(benchmark, scenario, method, FIRST_TUNING_SEED, Setting(1, 1, {}))
+        replace(config, validation=True, train_share=train_share)  # refuses a wrong share
+    make_folder(folder)
     common = (benchmark, scenario, folder, trials, tuning_seeds, tuple(epochs_choices), batch_size)
     with (
         make_pool(jobs) as pool,
@@ -124,8 +130,6 @@ def _search_method(
     train_share: float,
 ) -> None:
     warnings.simplefilter("ignore")
-    from experiments.methods import make_config
-    from experiments.run import run
 
     def accuracy(trial: Trial) -> float:
         epochs = trial.suggest_categorical("epochs", list(epochs_choices))

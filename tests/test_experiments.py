@@ -1,0 +1,530 @@
+"""The experiments: runs, comparisons, reports, and what a user can get wrong."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks.datasets import default_dataset_location
+from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
+from avalanche.models import SimpleMLP
+from avalanche.training.plugins import EvaluationPlugin
+from scipy import stats
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from avalanche_classp import CLASSP
+from experiments.benchmarks import BENCHMARKS, SCENARIOS, make_benchmark, make_model
+from experiments.cli import main
+from experiments.config import RunConfig, Setting, chosen_setting, parse_value
+from experiments.errors import UserError
+from experiments.methods import METHODS, make_config
+from experiments.report import csv_table, markdown_table, mean_interval, table_rows
+from experiments.resultfiles import Results, write_atomically
+from experiments.run import run
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
+
+
+def small_config(method="classp", scenario="class", benchmark="split-digits", **fields):
+    hyper = fields.pop("hyper", METHODS[method].defaults)
+    values = {"seed": 0, "epochs": 1, "batch_size": 64, **fields}
+    return RunConfig(benchmark=benchmark, scenario=scenario, method=method, hyper=hyper, **values)
+
+
+def without_times(result):
+    return {key: value for key, value in result.items() if "seconds" not in key}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """One quick result for each method."""
+    return {method: run(small_config(method)) for method in METHODS}
+
+
+# Runs
+
+
+def test_a_run_equals_a_plain_avalanche_script():
+    """No code of the experiments but the numbers in the config: the accuracy matrix is the same."""
+    hyper = {**METHODS["classp"].defaults, "lr": 0.003, "threshold": 1e-6, "power": 1.5}
+    ours = run(small_config(hyper=hyper, epochs=2, seed=3))
+
+    torch.manual_seed(3)
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels / 8 - 1, dtype=torch.float32), torch.tensor(labels)
+    train, test = train_test_split(range(len(y)), test_size=0.3, random_state=0, stratify=y)
+    benchmark = nc_benchmark(
+        TensorDataset(x[train], y[train]),
+        TensorDataset(x[test], y[test]),
+        n_experiences=5,
+        task_labels=False,
+        fixed_class_order=list(range(10)),
+    )
+    evaluator = EvaluationPlugin(
+        accuracy_metrics(experience=True), forgetting_metrics(stream=True), loggers=[]
+    )
+    strategy = CLASSP(
+        model=SimpleMLP(10, 64, hidden_size=256, hidden_layers=2, drop_rate=0.0),
+        criterion=nn.CrossEntropyLoss(),
+        lr=0.003,
+        threshold=1e-6,
+        epsilon=1e-4,
+        power=1.5,
+        train_mb_size=64,
+        train_epochs=2,
+        eval_mb_size=512,
+        evaluator=evaluator,
+    )
+    matrix = []
+    for experience in benchmark.train_stream:
+        strategy.train(experience, eval_streams=[])
+        metrics = strategy.eval(benchmark.test_stream)
+        name = "Top1_Acc_Exp/eval_phase/test_stream/Task000/Exp00"
+        matrix.append([metrics[f"{name}{i}"] for i in range(5)])
+    assert ours["accuracy_matrix"] == matrix
+    assert ours["average_accuracy"] == pytest.approx(np.mean(matrix[-1]))
+    assert ours["forgetting"] == metrics["StreamForgetting/eval_phase/test_stream"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_config_gives_the_same_numbers(method, results):
+    assert without_times(run(small_config(method))) == without_times(results[method])
+
+
+@pytest.mark.parametrize("method", set(METHODS) - {"joint"})
+def test_forgetting_follows_from_the_matrix(method, results):
+    matrix = np.array(results[method]["accuracy_matrix"])
+    assert matrix.shape == (5, 5)
+    forgetting = np.mean(np.diag(matrix)[:-1] - matrix[-1, :-1])
+    assert results[method]["forgetting"] == pytest.approx(forgetting)
+
+
+def test_joint_training_is_evaluated_once_and_forgets_nothing(results):
+    assert np.shape(results["joint"]["accuracy_matrix"]) == (1, 5)
+    assert results["joint"]["forgetting"] is None
+    assert results["joint"]["average_accuracy"] > 0.7 > results["naive"]["average_accuracy"]
+
+
+def test_the_confusion_matrix_counts_the_test_data(results):
+    counts = np.array(results["naive"]["confusion_matrix"])
+    assert counts.sum() == 540
+    correct = np.trace(counts) / counts.sum()
+    assert correct == pytest.approx(results["naive"]["average_accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "bytes_per_parameter"),
+    [("naive", [0] * 5), ("classp", [4] * 5), ("ewc", [8, 16, 24, 32, 40]), ("joint", [0])],
+)
+def test_state_is_counted_to_the_byte(method, bytes_per_parameter, results):
+    """EWC keeps the weights and their importances for each experience."""
+    parameters = results[method]["parameters"]
+    assert results[method]["state_bytes"] == [n * parameters for n in bytes_per_parameter]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_in_every_scenario(method, scenario, validation):
+    result = run(small_config(method, scenario, validation=validation, train_share=1.0))
+    assert 0 < result["average_accuracy"] <= 1
+    json.dumps(result)
+
+
+# Benchmarks
+
+
+@pytest.mark.parametrize(("scenario", "labels"), [("task", 2), ("domain", 2), ("class", 10)])
+def test_scenarios_share_labels_and_heads_as_they_should(scenario, labels):
+    benchmark = make_benchmark("split-digits", scenario)
+    seen = [sorted(set(e.dataset.targets)) for e in benchmark.train_stream]
+    tasks = [list(e.task_labels) for e in benchmark.train_stream]
+    if scenario == "class":
+        assert seen == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    else:
+        assert seen == [[0, 1]] * 5
+    assert tasks == ([[i] for i in range(5)] if scenario == "task" else [[0]] * 5)
+    classifier = make_model("split-digits", scenario).classifier
+    head = classifier.classifiers["0"].classifier if scenario == "task" else classifier
+    assert head.out_features == labels
+
+
+def images_of(stream):
+    return {sample[0].numpy().tobytes() for e in stream for sample in e.dataset}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_validation_uses_training_data_alone_and_keeps_labels(scenario):
+    final = make_benchmark("split-digits", scenario)
+    tuning = make_benchmark("split-digits", scenario, validation=True)
+    trained, held_out = images_of(tuning.train_stream), images_of(tuning.test_stream)
+    assert trained | held_out == images_of(final.train_stream)
+    assert not trained & held_out
+    assert not (trained | held_out) & images_of(final.test_stream)
+    assert len(held_out) / len(trained | held_out) == pytest.approx(0.2, abs=0.01)
+    for one, other in zip(final.train_stream, tuning.test_stream, strict=True):
+        assert set(one.dataset.targets) == set(other.dataset.targets)
+        assert list(one.task_labels) == list(other.task_labels)
+
+
+def test_train_share_takes_a_part_of_each_class():
+    whole = make_benchmark("split-digits", "class", validation=True)
+    part = make_benchmark("split-digits", "class", validation=True, train_share=0.25)
+    assert images_of(part.train_stream) < images_of(whole.train_stream)
+    assert images_of(part.test_stream) == images_of(whole.test_stream)
+    for one, other in zip(whole.train_stream, part.train_stream, strict=True):
+        assert len(other.dataset) == pytest.approx(len(one.dataset) / 4, abs=2)
+
+
+def write_idx(path, array):
+    header = struct.pack(">HBB", 0, 8, array.ndim)
+    header += struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    """MNIST's files with 20 images of each class, half of them bright on top."""
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, per_class in (("train", 20), ("t10k", 10)):
+        labels = np.repeat(np.arange(10), per_class)
+        images = rng.integers(0, 60, (len(labels), 28, 28))
+        images[np.arange(len(labels)), labels * 2] += 150  # a bright row tells the class
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+    return tmp_path
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_split_mnist_reads_torchvisions_files_from_the_data_root(scenario, small_mnist):
+    result = run(
+        small_config("joint", scenario, "split-mnist", epochs=10, batch_size=10), small_mnist
+    )
+    assert result["average_accuracy"] > 0.9
+    assert np.sum(result["confusion_matrix"]) == 100
+
+
+@pytest.mark.skipif(
+    not (Path(default_dataset_location("mnist")) / "MNIST" / "raw").is_dir(),
+    reason="MNIST is not in Avalanche's default folder",
+)
+@pytest.mark.parametrize("scenario", ["task", "class"])
+def test_split_mnist_learns_from_the_real_data(scenario):
+    """On a tenth of the training data, one pass."""
+    config = small_config(
+        "classp", scenario, "split-mnist", validation=True, train_share=0.1, batch_size=32
+    )
+    result = run(config)
+    diagonal = np.diag(result["accuracy_matrix"])
+    assert np.sum(result["confusion_matrix"]) == 11996
+    assert diagonal.min() > 0.85
+    if scenario == "task":
+        assert result["average_accuracy"] > 0.9
+
+
+def test_missing_data_without_network_is_one_clear_line(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(UserError, match=r"MNIST is not in .*mnist.*no network.*--data-root"):
+        make_benchmark("split-mnist", "class", tmp_path)
+
+
+def test_a_dataset_file_cut_in_half_is_one_clear_line(small_mnist):
+    file = small_mnist / "mnist" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"MNIST in .*mnist is damaged .*delete that folder"):
+        make_benchmark("split-mnist", "class", small_mnist)
+
+
+# Configs and settings
+
+
+def test_configs_are_frozen_and_survive_json():
+    config = small_config(hyper={"lr": 0.1, "power": 2.0})
+    with pytest.raises(AttributeError):
+        config.seed = 1
+    with pytest.raises(TypeError):
+        config.hyper["lr"] = 1
+    again = RunConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert again == config
+    assert again.key() == config.key() != small_config(seed=1).key()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", -1), ("epochs", 0), ("batch_size", 1.5), ("train_share", 0.5)]
+)
+def test_configs_refuse_wrong_values(name, value):
+    with pytest.raises(UserError, match=f"{name} must be .*{value}"):
+        small_config(**{name: value})
+
+
+def test_configs_refuse_unknown_keys():
+    with pytest.raises(UserError, match="learning_rate"):
+        RunConfig.from_dict({**small_config().as_dict(), "learning_rate": 1})
+    with pytest.raises(UserError, match="naive has no hyper-parameter 'power'"):
+        make_config("split-digits", "class", "naive", 0, Setting(1, 1, {}), {"power": 1})
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_searched_settings(benchmark, scenario, method):
+    setting = chosen_setting(benchmark, scenario, method)
+    assert setting is not None
+    assert setting.epochs in BENCHMARKS[benchmark].epochs_choices
+    assert set(setting.hyper) <= set(METHODS[method].defaults)
+
+
+def test_values_are_parsed_as_their_default_is():
+    assert parse_value("1e-3", 1.0, "lr") == 1e-3
+    assert parse_value("FALSE", True, "apply_decay") is False
+    assert parse_value("3", 1, "n") == 3
+    for text, like in (("nan", 1.0), ("x", 1.0), ("1", True), ("1.5", 1)):
+        with pytest.raises(UserError, match=f"key must be .*{text}"):
+            parse_value(text, like, "key")
+
+
+# Result files and reports
+
+
+def fake_result(method, seed, accuracy, **fields):
+    config = small_config(method, seed=seed)
+    return {
+        "config": config.as_dict(),
+        "average_accuracy": accuracy,
+        "forgetting": 0.1,
+        "accuracy_matrix": [[accuracy] * 5] * 5,
+        "seconds_per_experience": 1.0,
+        "state_bytes_per_parameter": 4.0,
+        **fields,
+    }
+
+
+def test_intervals_are_students():
+    values = [0.3, 0.5, 0.35, 0.6]
+    mean, half = mean_interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert np.isnan(mean_interval([1.0])[1])
+
+
+def test_the_table_pairs_seeds_with_classps():
+    ours, theirs = [0.9, 0.8, 0.85], [0.7, 0.72, 0.6]
+    results = [fake_result("classp", i, a) for i, a in enumerate(ours)]
+    results += [fake_result("ewc", i, a) for i, a in enumerate(theirs)]
+    best, other = table_rows(results)
+    assert (best["method"], best["n"], best["difference"]) == ("classp", 3, None)
+    interval = stats.ttest_rel(theirs, ours).confidence_interval(0.95)
+    mean, half = other["difference"]
+    assert (mean - half, mean + half) == pytest.approx((100 * interval.low, 100 * interval.high))
+
+
+def test_different_settings_of_a_method_are_different_rows():
+    results = [fake_result("naive", 0, 0.5), fake_result("naive", 1, 0.6)]
+    other = small_config("naive", hyper={"lr": 0.5}).as_dict()
+    rows = table_rows([*results, fake_result("naive", 0, 0.1, config=other)])
+    assert [row["n"] for row in rows] == [2, 1]
+
+
+def test_markdown_and_csv_hold_the_same_numbers():
+    rows = table_rows([fake_result("classp", i, a) for i, a in enumerate([0.9, 0.8])])
+    assert "| classp | 2 | 85.0 ± 63.5 | – |" in markdown_table(rows)
+    (line,) = csv.DictReader(csv_table(rows).splitlines())
+    assert float(line["average_accuracy"]) == pytest.approx(85)
+    assert float(line["average_accuracy_ci95"]) == pytest.approx(63.53, abs=0.01)
+    assert line["difference"] == ""
+
+
+def test_results_are_found_by_their_config_and_not_their_name(tmp_path):
+    results = Results(tmp_path)
+    path = results.save(fake_result("naive", 0, 0.5))
+    path.rename(path.with_name("other.json"))
+    results.save({"config": small_config("naive", seed=1).as_dict(), "error": "boom"})
+    wanted = [small_config("naive", seed=i) for i in range(3)]
+    assert [r["average_accuracy"] for r in results.finished(wanted)] == [0.5]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}', "\x00"])
+def test_a_damaged_result_file_is_named_and_kept(content, tmp_path, capsys):
+    path = Results(tmp_path).save(fake_result("naive", 0, 0.5))
+    path.write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert error.count("\n") == 1
+    assert path.read_text() == content
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match=f"cannot write {path}: No space left on device"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# The command line
+
+TINY = ["--epochs", "1", "--batch-size", "256"]
+
+
+def in_a_process(*words, **kwargs):
+    command = [sys.executable, "-m", "experiments", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def table_without_times(folder):
+    with open(folder / "table.csv", encoding="utf-8") as file:
+        return [
+            {key: value for key, value in row.items() if "seconds" not in key}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_compare_survives_a_kill_and_ends_in_the_same_table(tmp_path):
+    words = ["compare", "--seeds", 2, "--methods", "naive", "ewc", "classp", *TINY]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = in_a_process(*words, "--output", killed)
+    runs = killed / "runs"
+    while process.poll() is None and len(list(runs.glob("*.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    assert len(kept) >= 2
+
+    assert main([*map(str, words), "--output", str(killed)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(runs.glob("*.json"))) == 6
+
+    # One after the other in this process, for the same numbers as in parallel ones.
+    for method in ("naive", "ewc", "classp"):
+        for seed in (0, 1):
+            one = ["run", "--method", method, "--seed", str(seed), "--output", str(whole), *TINY]
+            assert main(one) == 0
+    assert main(["report", str(whole)]) == 0
+    assert table_without_times(killed) == table_without_times(whole)
+    for name in ("table.md", "accuracy.png"):
+        assert (killed / name).stat().st_size > 500
+
+
+def test_compare_goes_on_after_a_failed_run_and_says_so(tmp_path, capsys):
+    words = ["compare", "--seeds", "1", "--methods", "naive", "classp", *TINY]
+    words += ["--set", "classp.lr=1e30", "--set", "classp.apply_decay=false"]
+    words += ["--output", str(tmp_path), "--jobs", "1"]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    assert "naive" in captured.out
+    assert "error: 1 of 2 runs failed: RuntimeError: non-finite gradient" in captured.err
+    (failure,) = [r for r in Results(tmp_path).load() if "error" in r]
+    assert failure["config"]["method"] == "classp"
+    assert "optimizer.py" in failure["traceback"]
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path):
+    process = in_a_process("compare", "--seeds", 20, "--output", tmp_path, start_new_session=True)
+    while process.poll() is None and not list((tmp_path / "runs").glob("*.json")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("interrupted: finished runs are saved")
+    assert "Traceback" not in error
+    Results(tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("compare --benchmark split-mnits", "unknown benchmark 'split-mnits'"),
+        ("compare --scenario instance", "unknown scenario 'instance'"),
+        ("compare --methods naive sgd", "unknown method 'sgd'"),
+        ("run --method ''", "unknown method"),
+        ("run --set lr", "--set lr: write KEY=VALUE"),
+        ("run --set momentum=1", "classp has no hyper-parameter 'momentum'"),
+        ("run --set lr=fast", "lr must be a finite number, got 'fast'"),
+        ("run --set lr=nan", "lr must be a finite number, got 'nan'"),
+        ("run --set lr=-1", "lr of classp must be at least 0, got -1.0"),
+        ("run --set power=0", "classp: power must be finite and greater than 0"),
+        ("compare --set lr=1", "write METHOD.KEY=VALUE"),
+        ("compare --set replay.lr=1", "'replay' is none of the methods compared"),
+        ("run --device tpu", "device 'tpu' cannot be used here"),
+        ("report no-such-folder", "there are no finished runs in no-such-folder"),
+        ("search --methods sgd", "unknown method 'sgd'"),
+        ("search --train-share 2", "train_share must be in (0, 1]"),
+    ],
+)
+def test_wrong_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.strip("'") for word in words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["", "train", "compare --seeds 0", "compare --seeds x", "run --seed -1", "run --x 1"]
+)
+def test_wrong_words_show_the_usage(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    assert "usage: python -m experiments" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["run", "--method", "naive", *TINY, "--output", str(file)]) == 2
+    assert f"error: cannot write {file}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in (*BENCHMARKS, *SCENARIOS, *METHODS):
+        assert f"\n  {name} " in out
+
+
+def test_search_gives_every_method_its_trials_and_goes_on_where_it_stopped(tmp_path):
+    words = ["search", "--methods", "naive", "classp", "--tuning-seeds", "1", "--jobs", "2"]
+    words += ["--output", str(tmp_path), "--train-share", "0.2"]
+    assert main([*words, "--trials", "2"]) == 0
+    first = (tmp_path / "search" / "trials.csv").read_text().splitlines()
+    assert main([*words, "--trials", "3"]) == 0
+    with open(tmp_path / "search" / "trials.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["naive"] * 3 + ["classp"] * 3
+    assert set(first) <= set((tmp_path / "search" / "trials.csv").read_text().splitlines())
+    settings = json.loads((tmp_path / "search" / "settings.json").read_text())
+    best = max(rows[:3], key=lambda row: float(row["validation_accuracy"]))
+    chosen = settings["split-digits/class"]["naive"]
+    assert chosen["hyper"] == json.loads(best["hyper"])
+    assert chosen["epochs"] == int(best["epochs"])

@@ -1,0 +1,83 @@
+"""What the README and the results' README promise."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from avalanche_classp import CLASSPOptimizer
+from experiments.report import markdown_table, table_rows
+from experiments.resultfiles import Results
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "experiments" / "results"
+COMPARISONS = sorted(RESULTS.glob("split-*"))
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_the_examples_run_as_printed(capsys):
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    names = {}
+    exec(first, names)
+    accuracy = names["strategy"].evaluator.get_last_metrics()
+    assert accuracy["Top1_Acc_Stream/eval_phase/test_stream/Task000"] > 0.3
+    exec(second, names)
+    names["strategy"].plugins[0].take_over(names["strategy"])
+    (group,) = names["strategy"].optimizer.param_groups
+    assert isinstance(names["strategy"].optimizer, CLASSPOptimizer)
+    assert (group["lr"], group["threshold"]) == (0.01, 1e-6)
+
+
+def test_the_update_rule_is_the_same_in_the_readme_and_in_the_optimizer():
+    """The README's rule, by hand, on one weight."""
+    w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = CLASSPOptimizer([w], lr=0.1, threshold=0.01, epsilon=0.5, power=1.5)
+    a, expected = 0.0, 1.0
+    for g in (0.3, 0.05, -0.7):
+        w.grad = torch.tensor([g], dtype=torch.float64)
+        optimizer.step()
+        if g**2 > 0.01:
+            a += abs(g) ** 1.5
+            expected -= 0.1 * g / (0.5 + a) ** (1 / 1.5)
+    assert w.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
+def test_published_tables_follow_from_the_result_files(folder):
+    results = Results(folder).load()
+    assert len({result["config"]["seed"] for result in results}) >= 5
+    assert not any(result["config"]["validation"] for result in results)
+    table = markdown_table(table_rows(results))
+    page = (folder / "table.md").read_text(encoding="utf-8")
+    assert table in page
+    assert re.search(r"Made by `python -m experiments compare .*`", page)
+
+
+def test_there_are_published_tables_and_the_readme_shows_the_first():
+    names = [folder.name for folder in COMPARISONS]
+    assert "split-digits-class" in names
+    assert markdown_table(table_rows(Results(RESULTS / "split-digits-class").load())) in README
+
+
+@pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
+def test_published_runs_use_the_settings_that_the_search_chose(folder):
+    chosen = json.loads((ROOT / "experiments" / "settings.json").read_text())
+    for result in Results(folder).load():
+        config = result["config"]
+        setting = chosen[f"{config['benchmark']}/{config['scenario']}"][config["method"]]
+        assert setting["hyper"].items() <= config["hyper"].items()
+        assert (setting["epochs"], setting["batch_size"]) == (
+            config["epochs"],
+            config["batch_size"],
+        )
+
+
+def test_every_key_of_a_result_is_explained():
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    path = next(RESULTS.glob("split-*/runs/*.json"))
+    for key in json.loads(path.read_text(encoding="utf-8")):
+        assert f"`{key}`" in text
