@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -83,22 +82,15 @@ def _report_to(reports: Any) -> None:
 
 
 def _run_in_worker(config: RunConfig, data_root: Path | None) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        # Avalanche's imports warn of optional packages.
-        warnings.simplefilter("ignore")
-        from experiments.run import run
+    from experiments.run import run
 
-        try:
-            return run(config, data_root, progress=lambda: _progress_queue.put(1))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown
-            if isinstance(error, UserError):
-                return {"config": config.as_dict(), "error": str(error)}
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            return {
-                "config": config.as_dict(),
-                "error": line,
-                "traceback": traceback.format_exc(),
-            }
+    try:
+        return run(config, data_root, progress=lambda: _progress_queue.put(1))
+    except UserError as error:
+        return {"config": config.as_dict(), "error": str(error)}
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"config": config.as_dict(), "error": line, "traceback": traceback.format_exc()}
 
 
 def _outcome(future: Future[dict[str, Any]], config: RunConfig) -> dict[str, Any]:

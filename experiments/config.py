@@ -33,7 +33,7 @@ class RunConfig:
         hyper: the method's own hyper-parameters, all of them.
         device: torch device.
         validation: evaluate on a part of the training data that is then not trained on, and
-            leave the test data alone: for choosing settings.
+            leave the test data alone, after the last experience: for choosing settings.
         train_share: with ``validation``, the share of the other training data that is used.
     """
 

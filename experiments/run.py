@@ -41,7 +41,8 @@ def run(
     Args:
         config: what to run.
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
-        progress: called after each experience is trained and evaluated.
+        progress: called after each experience is trained and evaluated. A validation run is
+            evaluated after the last one only: the search needs no more.
 
     Returns:
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
@@ -73,21 +74,22 @@ def run(
     )
 
     started = time.perf_counter()
-    steps = _train(strategy, benchmark, progress)
+    steps = _train(strategy, benchmark, progress, only_at_the_end=config.validation)
     experiences = len(benchmark.train_stream)
     train_seconds = [step["train_seconds"] for step in steps]
     # Heads may have come on the way.
     parameters = sum(p.numel() for p in strategy.model.parameters())
-    matrix = [step["accuracies"] for step in steps]
+    evaluated = [step for step in steps if "accuracies" in step]
+    matrix = [step["accuracies"] for step in evaluated]
     return {
         "config": config.as_dict(),
         "average_accuracy": sum(matrix[-1]) / experiences,
-        # Joint training has no earlier accuracy to forget from; Avalanche says 0 then.
-        "forgetting": steps[-1]["forgetting"] if len(steps) > 1 else None,
+        # With one evaluation there is no earlier accuracy; Avalanche says 0 then.
+        "forgetting": evaluated[-1]["forgetting"] if len(evaluated) > 1 else None,
         "accuracy_matrix": matrix,
         "confusion_matrix": steps[-1]["confusion_matrix"],
         "train_seconds": train_seconds,
-        "eval_seconds": [step["eval_seconds"] for step in steps],
+        "eval_seconds": [step["eval_seconds"] for step in evaluated],
         "seconds_per_experience": sum(train_seconds) / experiences,
         "wall_seconds": time.perf_counter() - started,
         "parameters": parameters,
@@ -97,23 +99,23 @@ def run(
     }
 
 
-def _train(strategy: Any, benchmark: Any, progress: Callable[[], None]) -> list[dict[str, Any]]:
+def _train(
+    strategy: Any, benchmark: Any, progress: Callable[[], None], only_at_the_end: bool
+) -> list[dict[str, Any]]:
     """Train experience by experience (all at once for joint training), evaluating after each."""
     stream = benchmark.train_stream
+    parts = [stream] if isinstance(strategy, JointTraining) else list(stream)
     steps = []
-    for part in [stream] if isinstance(strategy, JointTraining) else stream:
+    for part in parts:
         begin = time.perf_counter()
         strategy.train(part, eval_streams=[])
         # Avalanche times epochs, which leaves out what EWC does after the last one.
         seconds = time.perf_counter() - begin
-        measured = strategy.eval(benchmark.test_stream)
-        steps.append(
-            {
-                "train_seconds": seconds,
-                "state_bytes": method_state_bytes(strategy),
-                **_read_metrics(measured, len(benchmark.test_stream)),
-            }
-        )
+        step = {"train_seconds": seconds, "state_bytes": method_state_bytes(strategy)}
+        if part is parts[-1] or not only_at_the_end:
+            measured = strategy.eval(benchmark.test_stream)
+            step |= _read_metrics(measured, len(benchmark.test_stream))
+        steps.append(step)
         progress()
     return steps
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
@@ -46,6 +45,9 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; λ spans ten orders of magnitude, because Avalanche's Fisher depends on
 the batch size."""
+
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 
 def _log(trial: Trial, name: str, low: float, high: float) -> float:
@@ -129,7 +131,6 @@ def _search_method(
     data_root: Path | None,
     train_share: float,
 ) -> None:
-    warnings.simplefilter("ignore")
 
     def accuracy(trial: Trial) -> float:
         epochs = trial.suggest_categorical("epochs", list(epochs_choices))
@@ -160,7 +161,6 @@ def _search_method(
 
 
 def _study(method: str, folder: Path) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     storage = JournalStorage(JournalFileBackend(str(folder / f"{method}.journal")))
     return optuna.create_study(
         study_name=method, storage=storage, direction="maximize", load_if_exists=True
