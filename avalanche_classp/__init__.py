@@ -9,7 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avalanche_classp.optimizer import CLASSP_optimizer, CLASSPOptimizer
+from avalanche_classp.optimizer import (
+    CLASSP_optimizer,
+    CLASSPOptimizer,
+    NonFiniteGradientError,
+)
 
 if TYPE_CHECKING:
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
@@ -21,6 +25,7 @@ __all__ = [
     "CLASSPOptimizer",
     "CLASSPPlugin",
     "CLASSP_optimizer",
+    "NonFiniteGradientError",
 ]
 __version__ = "0.1.0"
 

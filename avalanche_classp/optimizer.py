@@ -19,9 +19,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-__all__ = ["CLASSPOptimizer", "CLASSP_optimizer", "classp_update_", "validate_hyperparameters"]
+__all__ = [
+    "CLASSPOptimizer",
+    "CLASSP_optimizer",
+    "NonFiniteGradientError",
+    "classp_update_",
+    "validate_hyperparameters",
+]
 
 _NONFINITE_POLICIES = ("raise", "skip")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient that :class:`CLASSPOptimizer` refuses; no weight or accumulator has changed."""
 
 
 class CLASSPOptimizer(Optimizer):
@@ -83,17 +93,17 @@ class CLASSPOptimizer(Optimizer):
         maximize: maximize the objective instead of minimizing it. Default: False.
         nonfinite: what to do about a gradient that is NaN or infinite, or so large that a sum of
             ``|g|**power`` could become infinite (in float32 above 1e31 with power 1, above 3e15
-            with power 2). ``"raise"``: :meth:`step` raises a RuntimeError that names the
-            parameter, before any weight or accumulator has changed; catch it to drop the batch.
-            ``"skip"``: these weights and their accumulators stay as they are, the others are
-            updated. In no case does such a gradient enter an accumulator, which would freeze the
-            weight for good. The check makes the host wait for the device once a step; ``"skip"``
-            does not. Default: ``"raise"``.
+            with power 2). ``"raise"``: :meth:`step` raises a NonFiniteGradientError (a
+            RuntimeError) that names the parameter, before any weight or accumulator has changed;
+            catch it to drop the batch. ``"skip"``: these weights and their accumulators stay as
+            they are, the others are updated. In no case does such a gradient enter an
+            accumulator, which would freeze the weight for good. The check makes the host wait for
+            the device once a step; ``"skip"`` does not. Default: ``"raise"``.
 
     Raises:
         TypeError: an argument of a wrong type, or complex or integer parameters.
         ValueError: an argument out of its range; the message names it and the value.
-        RuntimeError: from :meth:`step`, a non-finite gradient with ``nonfinite="raise"``.
+        NonFiniteGradientError: from :meth:`step`, with ``nonfinite="raise"``.
 
     Sparse gradients (``torch.nn.Embedding(sparse=True)``) work and touch the rows that they name
     only; parameters whose grad is None are left alone; ``p.grad`` is never modified.
@@ -224,8 +234,9 @@ class CLASSPOptimizer(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a non-finite gradient in a group with ``nonfinite="raise"``, or a sparse
-                gradient of another layout than COO; nothing has been changed then.
+            NonFiniteGradientError: a non-finite gradient in a group with ``nonfinite="raise"``.
+            RuntimeError: a sparse gradient of another layout than COO. In both cases nothing has
+                been changed.
         """
         loss = None
         if closure is not None:
@@ -292,7 +303,7 @@ class CLASSPOptimizer(Optimizer):
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
         name = f" {names[index]!r}" if names and index < len(names) else ""
-        raise RuntimeError(
+        raise NonFiniteGradientError(
             f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
             f"{tuple(group['params'][index].shape)}; {usable.count(False)} of {len(usable)} "
@@ -386,7 +397,7 @@ def _accumulator_dtype(param: Tensor) -> torch.dtype:
 def _cutoff(threshold: float, dtype: torch.dtype) -> float:
     """Return the largest c of the dtype with c² <= threshold, so that g² > threshold ⇔ |g| > c.
 
-    Squaring the gradient instead would underflow (float32 below 4e-23, float16 below 3e-4) and
+    Squaring the gradient instead would underflow (float32 below 3e-23, float16 below 2e-4) and
     make small gradients vanish at threshold 0.
     """
     exact = Fraction(threshold)

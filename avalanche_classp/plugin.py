@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from avalanche_classp.optimizer import CLASSPOptimizer, validate_hyperparameters
 
@@ -82,8 +83,11 @@ class CLASSPPlugin(SupervisedPlugin):
     do not go together: the later writer wins.
 
     ``train(..., reset_optimizer_state=True)`` asks Avalanche to forget the optimizer's state, and
-    the accumulators are forgotten then. EarlyStoppingPlugin takes weights back to an earlier
-    epoch; the accumulators keep what was seen since.
+    the accumulators are forgotten then. Do so with strategies that initialise the model anew for
+    each experience (GDumb, FromScratchTraining): its new weights have no history to protect. If
+    you give the strategy another optimizer between two calls of ``train()``, it is replaced as the
+    first one was and the accumulators are handed on. EarlyStoppingPlugin takes weights back to an
+    earlier epoch; the accumulators keep what was seen since.
 
     Example::
 
@@ -130,6 +134,7 @@ class CLASSPPlugin(SupervisedPlugin):
         self._phase: Mapping[str, Any] | None = None
         self._before_phase: list[dict[str, Any]] = []
         self._within_experience = False
+        self._evaluated_model: Any = None
         self._history: dict[str, Tensor] = {}
 
     def take_over(self, strategy: Any) -> None:
@@ -140,20 +145,37 @@ class CLASSPPlugin(SupervisedPlugin):
         Raises:
             ValueError: as the class says.
         """
+        if any(isinstance(p, CLASSPPlugin) and p is not self for p in strategy.plugins):
+            raise ValueError("plugins holds more than one CLASSPPlugin; give one")
         optimizer = strategy.optimizer
         if optimizer is self._optimizer:
             return
-        if any(isinstance(p, CLASSPPlugin) and p is not self for p in strategy.plugins):
-            raise ValueError("plugins holds more than one CLASSPPlugin; give one")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         if not isinstance(optimizer, CLASSPOptimizer):
             _refuse_dead_references(strategy.plugins, optimizer)
             strategy.optimizer = _classp_with_groups_of(optimizer, self.hyperparameters)
+            if self._optimizer is not None:  # the user gave the strategy a new optimizer
+                _hand_on_state(self._optimizer, strategy.optimizer)
         elif self.hyperparameters:
             raise ValueError(
                 f"{_listed(self.hyperparameters)} given to the plugin although the optimizer is a "
                 f"CLASSPOptimizer with values of its own; give them in one place"
             )
-        self._optimizer = strategy.optimizer
+        self._use(strategy.optimizer)
+
+    def make_optimizer(self, params: ParamsT) -> CLASSPOptimizer:
+        """Make the optimizer that the plugin uses from now on, with its hyper-parameters.
+
+        Args:
+            params: see :class:`~avalanche_classp.CLASSPOptimizer`.
+        """
+        optimizer = CLASSPOptimizer(params, **self.hyperparameters)
+        self._use(optimizer)
+        return optimizer
+
+    def _use(self, optimizer: CLASSPOptimizer) -> None:
+        self._optimizer = optimizer
         self._phase, self._before_phase = None, []
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -163,6 +185,7 @@ class CLASSPPlugin(SupervisedPlugin):
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Take over the optimizer: evaluation may replace a head's tensors."""
         self._start(strategy)
+        self._evaluated_model = strategy.model
 
     def _start(self, strategy: Any) -> None:
         self.take_over(strategy)
@@ -211,6 +234,9 @@ class CLASSPPlugin(SupervisedPlugin):
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Follow tensors that the evaluation has replaced: training may just go on."""
+        evaluated, self._evaluated_model = self._evaluated_model, None
+        if strategy.model is not evaluated:
+            return  # another plugin evaluates a model of its own, an average for example
         history = _accumulators_by_name(strategy)
         strategy.make_optimizer()
         _restore_accumulators(strategy, history)
@@ -259,13 +285,15 @@ def _refuse_dead_references(plugins: Sequence[Any], optimizer: Optimizer) -> Non
     """Raise if a plugin holds the optimizer, or a scheduler of it, that is being replaced."""
     for plugin in plugins:
         for name, value in getattr(plugin, "__dict__", {}).items():
-            if value is optimizer or getattr(value, "optimizer", None) is optimizer:
-                raise ValueError(
-                    f"{type(plugin).__name__}.{name} holds the {type(optimizer).__name__} that "
-                    f"CLASSPPlugin replaces, and would go on with a dead optimizer; build a "
-                    f"CLASSPOptimizer, give it to {type(value).__name__} and pass it to the "
-                    f"strategy as optimizer="
-                )
+            items = value.values() if isinstance(value, Mapping) else value
+            for held in items if isinstance(items, Collection) else (value,):
+                if held is optimizer or getattr(held, "optimizer", None) is optimizer:
+                    raise ValueError(
+                        f"{type(plugin).__name__}.{name} holds the {type(optimizer).__name__} that "
+                        f"CLASSPPlugin replaces, and would go on with a dead optimizer; build a "
+                        f"CLASSPOptimizer, give it to {type(held).__name__} and pass it to the "
+                        f"strategy as optimizer="
+                    )
 
 
 def _classp_with_groups_of(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimizer:
@@ -295,6 +323,13 @@ def _classp_with_groups_of(optimizer: Optimizer, given: Mapping[str, Any]) -> CL
             stacklevel=2,
         )
     return CLASSPOptimizer(groups, **given)
+
+
+def _hand_on_state(old: CLASSPOptimizer, new: CLASSPOptimizer) -> None:
+    for group in new.param_groups:
+        for p in group["params"]:
+            if p in old.state:
+                new.state[p] = old.state[p]
 
 
 def _accumulators_by_name(strategy: Any) -> dict[str, Tensor]:

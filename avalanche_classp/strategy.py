@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 from torch.optim import Optimizer
 
-from avalanche_classp.optimizer import CLASSPOptimizer
 from avalanche_classp.plugin import CLASSPPlugin
 
 __all__ = ["CLASSP"]
@@ -84,8 +83,7 @@ class CLASSP(SupervisedTemplate):
             lr, threshold, epsilon, power, apply_decay, nonfinite=nonfinite, phases=phases
         )
         if optimizer is None:
-            optimizer = CLASSPOptimizer(model.parameters(), **classp.hyperparameters)
-            classp.hyperparameters = {}
+            optimizer = classp.make_optimizer(model.parameters())
         super().__init__(
             model=model,
             optimizer=optimizer,

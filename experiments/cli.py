@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         return options.function(options)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; pip install '.[experiments]' brings it", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -199,17 +202,21 @@ def _compare(options: argparse.Namespace) -> int:
         for method in methods
     ]
     results = Results(_output(options))
-    failures = run_all(configs, results, options.data_root, options.jobs, count_steps)
+    failures = run_all(
+        configs,
+        results,
+        options.data_root,
+        options.jobs,
+        count_steps,
+        options.command_line,
+    )
     finished = results.finished(configs)
     if finished:
-        print(write_report(finished, results.folder, options.command_line))
+        print(write_report(finished, results.folder, failures))
         print(f"\ntable.md, table.csv, accuracy.png and runs/ are in {results.folder}")
     if failures:
-        reasons = {failure["error"] for failure in failures}
-        print(
-            f"error: {len(failures)} of {len(configs)} runs failed: {'; '.join(sorted(reasons))}",
-            file=sys.stderr,
-        )
+        reasons = "; ".join(sorted({failure["error"] for failure in failures}))
+        print(f"error: {len(failures)} of {len(configs)} runs failed: {reasons}", file=sys.stderr)
         return 1
     return 0
 
@@ -219,16 +226,18 @@ def _run(options: argparse.Namespace) -> int:
     config = _config(options, options.method, options.seed, overrides)
     from tqdm import tqdm
 
+    from experiments.compare import attempt
     from experiments.methods import count_steps
     from experiments.report import plain_table, table_rows
     from experiments.resultfiles import Results
-    from experiments.run import run
 
     warnings.simplefilter("ignore")
-    results = Results(_output(options))
-    with tqdm(total=count_steps(config), unit="exp", desc=config.method) as bar:
-        result = run(config, options.data_root, progress=bar.update)
-    path = results.save(result)
+    with tqdm(total=count_steps(config), unit="exp", desc=config.method, delay=1) as bar:
+        result = attempt(config, options.data_root, bar.update)
+    path = Results(_output(options)).save(result | {"command": options.command_line})
+    if "error" in result:
+        print(f"error: {result['error']} (recorded in {path})", file=sys.stderr)
+        return 1
     print(plain_table(table_rows([result])))
     print(f"\nresult file: {path}")
     return 0
@@ -268,18 +277,18 @@ def _report(options: argparse.Namespace) -> int:
     from experiments.report import write_report
     from experiments.resultfiles import Results
 
-    groups = defaultdict(list)
+    finished: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    failed: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for result in Results(options.folder).load():
-        if "error" not in result:
-            config = result["config"]
-            groups[config["benchmark"], config["scenario"], config["validation"]].append(result)
-    if not groups:
+        group = (result["config"]["benchmark"], result["config"]["scenario"])
+        (failed if "error" in result else finished)[group].append(result)
+    if not finished:
         raise UserError(f"there are no finished runs in {options.folder / 'runs'}")
-    for (benchmark, scenario, validation), results in groups.items():
+    for group, results in finished.items():
         folder = options.folder
-        if len(groups) > 1:
-            folder /= f"{benchmark}-{scenario}" + ("-validation" if validation else "")
-        print(write_report(results, folder))
+        if len(finished) > 1:
+            folder /= "-".join(group)
+        print(write_report(results, folder, failed[group]))
         print(f"\nwritten to {folder}\n")
     return 0
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.benchmarks import make_benchmark
 from experiments.config import RunConfig
 from experiments.errors import UserError
 from experiments.processes import CONTEXT, available_cores, make_pool, stop
 from experiments.resultfiles import Results
+from experiments.run import run
 
 _progress_queue: Any = None  # in a worker: where it reports finished experiences
 
@@ -26,6 +28,7 @@ def run_all(
     data_root: Path | None = None,
     jobs: int | None = None,
     steps: Callable[[RunConfig], int] = lambda config: 1,
+    command: str = "",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Do the runs that are not done yet and save each as it ends.
@@ -39,15 +42,22 @@ def run_all(
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
         jobs: processes, each with one thread. Default: one for each core.
         steps: how often a run reports progress.
+        command: saved with each result, to say what made it.
         quiet: show no progress bar.
 
     Returns:
         The failures, as ``{"config": ..., "error": ...}``.
+
+    Raises:
+        UserError: the data is not there and cannot be downloaded, or results cannot be written.
     """
     done = {RunConfig.from_dict(r["config"]).key() for r in results.finished(configs)}
     todo = [config for config in configs if config.key() not in done]
     if not todo:
         return []
+    for config in {(c.benchmark, c.scenario): c for c in todo}.values():
+        # Downloaded once, and not by each process.
+        make_benchmark(config.benchmark, config.scenario, data_root)
     reports = CONTEXT.Queue()
     failures = []
     bar = tqdm(
@@ -64,7 +74,7 @@ def run_all(
                 ended, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 bar.update(_drain(reports))
                 for future in ended:
-                    result = _outcome(future, pending.pop(future))
+                    result = _outcome(future, pending.pop(future)) | {"command": command}
                     results.save(result)
                     if "error" in result:
                         failures.append(result)
@@ -82,10 +92,15 @@ def _report_to(reports: Any) -> None:
 
 
 def _run_in_worker(config: RunConfig, data_root: Path | None) -> dict[str, Any]:
-    from experiments.run import run
+    return attempt(config, data_root, lambda: _progress_queue.put(1))
 
+
+def attempt(
+    config: RunConfig, data_root: Path | None, progress: Callable[[], object]
+) -> dict[str, Any]:
+    """Return the run's result, or its failure: ``config``, ``error`` and perhaps ``traceback``."""
     try:
-        return run(config, data_root, progress=lambda: _progress_queue.put(1))
+        return run(config, data_root, progress)
     except UserError as error:
         return {"config": config.as_dict(), "error": str(error)}
     except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown

@@ -49,10 +49,14 @@ class RunConfig:
     train_share: float = 1.0
 
     def __post_init__(self) -> None:
+        # NumPy takes seeds of 32 bits; more epochs or samples than that are a slip.
+        most = 2**32 - 1
         for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise UserError(
+                    f"{name} must be a whole number from {least} to {most}, got {value!r}"
+                )
         if not 0 < self.train_share <= 1 or (self.train_share < 1 and not self.validation):
             raise UserError(
                 f"train_share must be in (0, 1], and 1 without validation, got {self.train_share!r}"

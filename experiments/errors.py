@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something that the user can put right; its message says what and how."""
+
+
+class DivergedError(UserError):
+    """A training whose gradients are no longer finite."""

@@ -49,20 +49,53 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(stats.t.ppf(0.975, len(array) - 1) * error)
 
 
+def _by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Group the results by all of their config but the seed, under a label for people.
+
+    The label is the method's name, with what differs where it has several settings.
+    """
+    settings: dict[str, list[Result]] = {}
+    for result in results:
+        settings.setdefault(RunConfig.from_dict(result["config"]).setting(), []).append(result)
+    groups: dict[str, list[Result]] = {}
+    for runs in settings.values():
+        config = runs[0]["config"]
+        method = config["method"]
+        siblings = [
+            _flat(other[0]["config"])
+            for other in settings.values()
+            if other[0]["config"]["method"] == method
+        ]
+        differing = [
+            f"{key} {_short(value)}"
+            for key, value in _flat(config).items()
+            if any(sibling.get(key) != value for sibling in siblings)
+        ]
+        groups[", ".join([method, *differing])] = runs
+    return groups
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in config.items() if key not in ("seed", "hyper")}
+    return values | config["hyper"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return a row for each setting (all of a config but the seed), best accuracy first.
 
     Each row has ``method``, ``n``, ``setting`` and, for the other keys of :data:`COLUMNS`, an
     :data:`Interval`: None where a method has no such value.
     """
-    settings: dict[str, list[Result]] = {}
-    for result in results:
-        settings.setdefault(RunConfig.from_dict(result["config"]).setting(), []).append(result)
-    references = [runs for runs in settings.values() if runs[0]["config"]["method"] == REFERENCE]
+    groups = _by_setting(results)
+    references = [runs for runs in groups.values() if runs[0]["config"]["method"] == REFERENCE]
     rows = []
-    for runs in settings.values():
+    for label, runs in groups.items():
         row: dict[str, Any] = {
-            "method": runs[0]["config"]["method"],
+            "method": label,
             "n": len(runs),
             "setting": _describe_setting(runs[0]["config"]),
         }
@@ -95,7 +128,7 @@ def _scaled(key: str, interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _describe_setting(config: Mapping[str, Any]) -> str:
-    hyper = ", ".join(f"{key} {value:.4g}" for key, value in config["hyper"].items())
+    hyper = ", ".join(f"{key} {_short(value)}" for key, value in config["hyper"].items())
     return f"{config['epochs']} epochs, batch {config['batch_size']}, {hyper}"
 
 
@@ -169,13 +202,13 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def write_report(results: Sequence[Result], folder: Path, command: str | None = None) -> str:
+def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Result] = ()) -> str:
     """Write ``table.md``, ``table.csv`` and ``accuracy.png`` and return the table as text.
 
     Args:
-        results: results of one benchmark and scenario.
+        results: results of one benchmark and scenario, at least one.
         folder: where to.
-        command: the command that made the results, for the page.
+        failures: failed runs beside them; they are listed under the table.
 
     Raises:
         UserError: the folder cannot be written.
@@ -183,43 +216,45 @@ def write_report(results: Sequence[Result], folder: Path, command: str | None = 
     rows = table_rows(results)
     config = results[0]["config"]
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
-    data = "validation data" if config["validation"] else "test data"
-    settings = "\n".join(f"* {row['method']}: {row['setting']}" for row in rows)
-    made_by = f"Made by `{command}`.\n\n" if command else ""
-    page = (
-        f"# {title}\n\n{made_by}{markdown_table(rows)}\n\n"
-        f"Mean ± half the width of the 95 % confidence interval over n seeds, on {data}. Average "
-        f"accuracy: mean over all experiences after the last one. Forgetting: accuracy of an "
-        f"experience right after training on it less the accuracy at the end, mean over all but "
-        f"the last (Avalanche's StreamForgetting). Time: training alone, on one thread. Memory: "
-        f"what the method keeps between experiences beside the model.\n\n"
-        f"![average accuracy after each experience](accuracy.png)\n\n"
-        f"Settings:\n\n{settings}\n"
-    )
-    write_atomically(folder / "table.md", page)
+    failed = [
+        f"{failure['config']['method']}, seed {failure['config']['seed']}: {failure['error']}"
+        for failure in failures
+    ]
+    parts = [
+        f"# {title}",
+        *(
+            f"Made by `{command}`."
+            for command in sorted({result.get("command", "") for result in results} - {""})
+        ),
+        markdown_table(rows),
+        *(f"**Failed:** {line}" for line in failed),
+        "Mean ± half the width of the 95 % confidence interval over n seeds, on test data. "
+        "Average accuracy: mean over all experiences after the last one. Forgetting: accuracy of "
+        "an experience right after training on it less the accuracy at the end, mean over all but "
+        "the last (Avalanche's StreamForgetting). Time: training alone, on one thread. Memory: "
+        "what the method keeps between experiences beside the model.",
+        "![average accuracy after each experience](accuracy.png)",
+        "Settings:",
+        "\n".join(f"* {row['method']}: {row['setting']}" for row in rows),
+    ]
+    write_atomically(folder / "table.md", "\n\n".join(parts) + "\n")
     write_atomically(folder / "table.csv", csv_table(rows))
     write_atomically(folder / "accuracy.png", _accuracy_figure(results, title))
-    return f"{title}, {data}\n{plain_table(rows)}"
+    return "\n".join([title, plain_table(rows), *(f"FAILED {line}" for line in failed)])
 
 
 def _accuracy_figure(results: Sequence[Result], title: str) -> bytes:
     """Draw the mean accuracy over the experiences seen so far, after each of them."""
     import matplotlib.pyplot as plt
 
-    curves: dict[str, list[list[float]]] = {}
-    for result in results:
-        matrix = result["accuracy_matrix"]
-        seen = [float(np.mean(row[: i + 1])) for i, row in enumerate(matrix)]
-        if len(matrix) == 1:  # joint training: one value, after everything
-            seen = [result["average_accuracy"]] * len(matrix[0])
-        curves.setdefault(result["config"]["method"], []).append(seen)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, runs in curves.items():
-        intervals = [mean_interval(column) for column in zip(*runs, strict=True)]
+    for label, runs in _by_setting(results).items():
+        curves = [_accuracy_so_far(run) for run in runs]
+        intervals = [mean_interval(column) for column in zip(*curves, strict=True)]
         mean, half = 100 * np.array(intervals).T
         x = np.arange(1, len(mean) + 1)
-        dashed = "--" if method == "joint" else "-"
-        (line,) = axes.plot(x, mean, dashed, marker="o", markersize=4, label=method)
+        dashed = "--" if runs[0]["config"]["method"] == "joint" else "-"
+        (line,) = axes.plot(x, mean, dashed, marker="o", markersize=4, label=label)
         axes.fill_between(x, mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
     axes.set(
         title=title,
@@ -233,3 +268,10 @@ def _accuracy_figure(results: Sequence[Result], title: str) -> bytes:
     figure.savefig(out, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return out.getvalue()
+
+
+def _accuracy_so_far(result: Result) -> list[float]:
+    matrix = result["accuracy_matrix"]
+    if len(matrix) == 1:  # joint training has one value, after everything: a level to look up to
+        return [result["average_accuracy"]] * len(matrix[0])
+    return [float(np.mean(row[: i + 1])) for i, row in enumerate(matrix)]

@@ -14,6 +14,13 @@ from experiments.config import RunConfig
 from experiments.errors import UserError
 
 SCHEMA = 1
+_NUMBERS = (
+    "average_accuracy",
+    "forgetting",
+    "seconds_per_experience",
+    "state_bytes_per_parameter",
+)
+"""What the tables are made of."""
 
 
 class Results:
@@ -46,9 +53,18 @@ class Results:
         """Read all result files, failures included, in the order of their names.
 
         Raises:
-            UserError: a file is not a result file of this version; it is left as it is.
+            UserError: a file is not a result file of this version, or two are of the same run; they
+                are left as they are.
         """
-        return [_read(path) for path in sorted(self.runs.glob("*.json"))]
+        results: dict[str, dict[str, Any]] = {}
+        paths: dict[str, Path] = {}
+        for path in sorted(self.runs.glob("*.json")):
+            result = _read(path)
+            key = RunConfig.from_dict(result["config"]).key()
+            if key in paths:
+                raise UserError(f"{paths[key]} and {path} hold the same run; move one of them away")
+            paths[key], results[key] = path, result
+        return list(results.values())
 
     def finished(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
         """Return the results of these configs, as far as they are there and no failures."""
@@ -106,6 +122,9 @@ def _read(path: Path) -> dict[str, Any]:
             )
         RunConfig.from_dict(result["config"])
         if "error" not in result:
+            for key in _NUMBERS:
+                if not (isinstance(result[key], int | float) or result[key] is None):
+                    raise ValueError(f"{key} is {result[key]!r}")
             result["accuracy_matrix"][-1][0] + result["average_accuracy"]
         return result
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

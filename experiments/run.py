@@ -23,9 +23,10 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 
+from avalanche_classp.optimizer import NonFiniteGradientError
 from experiments.benchmarks import count_labels, make_benchmark, make_model
 from experiments.config import RunConfig
-from experiments.errors import UserError
+from experiments.errors import DivergedError, UserError
 from experiments.methods import METHODS
 
 EVAL_BATCH_SIZE = 512
@@ -34,7 +35,7 @@ EVAL_BATCH_SIZE = 512
 def run(
     config: RunConfig,
     data_root: Path | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
 
@@ -48,8 +49,8 @@ def run(
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
 
     Raises:
-        UserError: the data or the device is missing, or the training diverged to non-finite
-            gradients.
+        UserError: the data or the device is missing.
+        DivergedError: CLASSP's gradients became non-finite.
     """
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
@@ -74,7 +75,10 @@ def run(
     )
 
     started = time.perf_counter()
-    steps = _train(strategy, benchmark, progress, only_at_the_end=config.validation)
+    try:
+        steps = _train(strategy, benchmark, progress, only_at_the_end=config.validation)
+    except NonFiniteGradientError as error:
+        raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
     experiences = len(benchmark.train_stream)
     train_seconds = [step["train_seconds"] for step in steps]
     # Heads may have come on the way.
@@ -100,7 +104,7 @@ def run(
 
 
 def _train(
-    strategy: Any, benchmark: Any, progress: Callable[[], None], only_at_the_end: bool
+    strategy: Any, benchmark: Any, progress: Callable[[], object], only_at_the_end: bool
 ) -> list[dict[str, Any]]:
     """Train experience by experience (all at once for joint training), evaluating after each."""
     stream = benchmark.train_stream

@@ -17,7 +17,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
+from experiments.benchmarks import make_benchmark
 from experiments.config import Setting
+from experiments.errors import DivergedError, UserError
 from experiments.methods import make_config
 from experiments.processes import make_pool, stop
 from experiments.resultfiles import make_folder, write_atomically
@@ -37,14 +39,14 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "classp": lambda t: {
         "lr": _log(t, "lr", 1e-4, 0.3),
         "threshold": _log(t, "threshold", 1e-8, 1e-3) if _flag(t, "sparse") else 0.0,
-        "epsilon": _log(t, "epsilon", 1e-6, 5.0),
+        "epsilon": _log(t, "epsilon", 1e-12, 5.0),
         "power": t.suggest_float("power", 0.5, 3.0),
         "paper_phases": _flag(t, "paper_phases"),
     },
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; λ spans ten orders of magnitude, because Avalanche's Fisher depends on
-the batch size."""
+the batch size; epsilon reaches down to where CLASSP with power 2 is AdaGrad."""
 
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -74,15 +76,15 @@ def search(
     """Search each method's settings; continue a search that was cut off in the same folder.
 
     A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
-    trial whose training diverges to non-finite gradients fails and counts. The sampler is
-    Optuna's TPE, seeded by the number of trials done.
+    trial whose training diverges has none, and counts. The sampler is Optuna's TPE, seeded by the
+    number of trials done.
 
     Args:
         benchmark: the benchmark's name.
         scenario: the scenario's name.
         methods: the methods' names.
-        folder: receives ``METHOD.journal`` (Optuna's storage), ``trials.csv`` and
-            ``settings.json``.
+        folder: receives ``METHOD.journal`` (Optuna's storage), and ``trials.csv`` and
+            ``settings.json`` of all methods searched there.
         trials: trials for each method.
         tuning_seeds: number of seeds that each trial is run with.
         epochs_choices: see :class:`experiments.benchmarks.Benchmark`.
@@ -93,17 +95,39 @@ def search(
 
     Returns:
         The best setting of each method.
+
+    Raises:
+        UserError: the data is missing, the folder holds another search, or no trial of a method
+            succeeded.
     """
     for method in methods:
         config = make_config(benchmark, scenario, method, FIRST_TUNING_SEED, Setting(1, 1, {}))
         replace(config, validation=True, train_share=train_share)  # refuses a wrong share
     make_folder(folder)
-    common = (benchmark, scenario, folder, trials, tuning_seeds, tuple(epochs_choices), batch_size)
+    make_benchmark(benchmark, scenario, data_root)  # downloaded once, and not by each process
+    arguments = {
+        "benchmark": benchmark,
+        "scenario": scenario,
+        "tuning_seeds": tuning_seeds,
+        "epochs_choices": list(epochs_choices),
+        "batch_size": batch_size,
+        "train_share": train_share,
+    }
+    for method in methods:
+        study = _study(method, folder)
+        if study.user_attrs.setdefault("arguments", arguments) != arguments:
+            raise UserError(
+                f"{folder} holds a search of {method} with other arguments "
+                f"({study.user_attrs['arguments']}); give another --output"
+            )
+        study.set_user_attr("arguments", arguments)
     with (
         make_pool(jobs) as pool,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
-        futures = [pool.submit(_search_method, m, *common, data_root, train_share) for m in methods]
+        futures = [
+            pool.submit(_search_method, method, folder, trials, data_root) for method in methods
+        ]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -111,68 +135,68 @@ def search(
         except BaseException:
             stop(pool)
             raise
-    studies = {method: _study(method, folder) for method in methods}
+    searched = [path.stem for path in sorted(folder.glob("*.journal"))]
+    # Another search of other methods may have just begun.
+    studies = {m: s for m in searched if _ended(s := _study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
     chosen = {f"{benchmark}/{scenario}": {m: s.as_dict() for m, s in settings.items()}}
     write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
-    return settings
+    return {method: settings[method] for method in methods}
 
 
-def _search_method(
-    method: str,
-    benchmark: str,
-    scenario: str,
-    folder: Path,
-    trials: int,
-    tuning_seeds: int,
-    epochs_choices: tuple[int, ...],
-    batch_size: int,
-    data_root: Path | None,
-    train_share: float,
-) -> None:
+def _search_method(method: str, folder: Path, trials: int, data_root: Path | None) -> None:
+    study = _study(method, folder)
+    arguments = study.user_attrs["arguments"]
 
     def accuracy(trial: Trial) -> float:
-        epochs = trial.suggest_categorical("epochs", list(epochs_choices))
+        epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
         hyper = _SPACES[method](trial)
         trial.set_user_attr("hyper", hyper)
         total = 0.0
-        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds):
+        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + arguments["tuning_seeds"]):
             config = make_config(
-                benchmark,
-                scenario,
+                arguments["benchmark"],
+                arguments["scenario"],
                 method,
                 seed,
-                Setting(epochs, batch_size, {}),
+                Setting(epochs, arguments["batch_size"], {}),
                 hyper,
                 epochs=epochs,
-                batch_size=batch_size,
+                batch_size=arguments["batch_size"],
                 validation=True,
-                train_share=train_share,
+                train_share=arguments["train_share"],
             )
-            total += run(config, data_root)["average_accuracy"]
-        return total / tuning_seeds
+            try:
+                total += run(config, data_root)["average_accuracy"]
+            except DivergedError:
+                raise optuna.TrialPruned from None
+        return total / arguments["tuning_seeds"]
 
-    study = _study(method, folder)
     while (done := len(_ended(study))) < trials:
         study.sampler = optuna.samplers.TPESampler(seed=done)
-        # RuntimeError: CLASSP's word for non-finite gradients.
-        study.optimize(accuracy, n_trials=1, catch=(RuntimeError,))
+        study.optimize(accuracy, n_trials=1)
 
 
 def _study(method: str, folder: Path) -> optuna.Study:
-    storage = JournalStorage(JournalFileBackend(str(folder / f"{method}.journal")))
+    # With a relative path Optuna's lock would be a link to nowhere, which is waited for forever.
+    journal = JournalFileBackend(str(folder.resolve() / f"{method}.journal"))
     return optuna.create_study(
-        study_name=method, storage=storage, direction="maximize", load_if_exists=True
+        study_name=method,
+        storage=JournalStorage(journal),
+        direction="maximize",
+        load_if_exists=True,
     )
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    # A trial that a killed process had begun stays RUNNING and does not count.
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.FAIL))
+    # One that a killed process had begun stays RUNNING, one that raised is FAIL: both are redone.
+    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def _best(study: optuna.Study, batch_size: int) -> Setting:
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        raise UserError(f"no trial of {study.study_name} succeeded; give more --trials")
     best = study.best_trial
     return Setting(best.params["epochs"], batch_size, best.user_attrs["hyper"])
 

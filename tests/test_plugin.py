@@ -12,7 +12,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
-from itertools import chain, islice, repeat
+from itertools import chain, islice, pairwise, repeat
 from typing import Any
 
 import dill
@@ -1119,3 +1119,50 @@ def test_a_copied_plugin_goes_on_in_a_new_strategy(tiny, make_copy):
     fit(strategy, tiny.train_stream[1:])
     fit(clone, tiny.train_stream[1:])
     assert same(weights(model), weights(strategy.model))
+
+
+class Average(SupervisedPlugin):
+    """Evaluates the average of the weights in the model's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = None
+
+    def before_eval(self, strategy, **kwargs):
+        self.kept, strategy.model = strategy.model, copy.deepcopy(strategy.model)
+
+    def after_eval(self, strategy, **kwargs):
+        strategy.model = self.kept
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_training_goes_on_beside_a_plugin_that_evaluates_another_model(tiny, first):
+    log = []
+    watch = On(after_training_epoch=lambda s: log.append(total(accumulators(s))))
+    plugins = [CLASSPPlugin(), Average()] if first else [Average(), CLASSPPlugin()]
+    strategy = naive(linear_head(), *plugins, watch, train_epochs=3, eval_every=1)
+    fit(strategy, tiny.train_stream[:2])
+    assert all(after > before for before, after in pairwise(log))
+    assert held_ids(strategy.optimizer) == [[id(p) for p in strategy.model.parameters()]]
+
+
+def test_another_optimizer_between_experiences_is_replaced_and_keeps_the_history(tiny):
+    strategy = fit(naive(linear_head(), CLASSPPlugin(threshold=1e-3)), tiny.train_stream[:1])
+    before = {name: a.clone() for name, a in accumulators(strategy).items()}
+    strategy.optimizer = SGD(strategy.model.parameters(), lr=0.05)
+    started = {}
+    note = On(before_training_epoch=lambda s: started.update(copy.deepcopy(accumulators(s))))
+    strategy.plugins.append(note)
+    fit(strategy, tiny.train_stream[1:2])
+    (group,) = strategy.optimizer.param_groups
+    assert (group["lr"], group["threshold"]) == (0.05, 1e-3)
+    assert same(before, started)
+
+
+def test_a_scheduler_in_a_list_of_a_plugin_is_refused_too(tiny):
+    strategy = naive(linear_head(), CLASSPPlugin())
+    holder = SupervisedPlugin()
+    holder.schedulers = [torch.optim.lr_scheduler.StepLR(strategy.optimizer, 1)]
+    strategy.plugins.append(holder)
+    with pytest.raises(ValueError, match=r"schedulers holds the SGD .* give it to StepLR"):
+        strategy.train(tiny.train_stream[0])

@@ -32,8 +32,11 @@ def test_the_examples_run_as_printed(capsys):
     assert (group["lr"], group["threshold"]) == (0.01, 1e-6)
 
 
-def test_the_update_rule_is_the_same_in_the_readme_and_in_the_optimizer():
+def test_the_update_rule_of_the_readme_is_the_optimizers():
     """The README's rule, by hand, on one weight."""
+    assert "if g² > threshold:" in README
+    assert "A ← A + |g|^power " in README
+    assert "w ← w − lr · g / (epsilon + A)^(1/power) " in README
     w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = CLASSPOptimizer([w], lr=0.1, threshold=0.01, epsilon=0.5, power=1.5)
     a, expected = 0.0, 1.0
