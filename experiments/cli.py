@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -30,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     options.command_line = shlex.join(["python", "-m", "experiments", *words])
-    # Avalanche imports a package of solvers that nothing here uses.
+    # Avalanche imports a package of solvers that nothing here uses. Worker processes import it
+    # before any code of ours could tell them.
     warnings.filterwarnings("ignore", message="no QP solver found")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     try:
         return options.function(options)
     except ModuleNotFoundError as error:

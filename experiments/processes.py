@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -42,8 +41,6 @@ def stop(pool: ProcessPoolExecutor) -> None:
 
 def _start_worker(start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    # Avalanche's imports warn of optional packages.
-    warnings.simplefilter("ignore")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if start is not None:
         start(*arguments)
