@@ -97,8 +97,8 @@ class CLASSPPlugin(SupervisedPlugin):
             plugins=[CLASSPPlugin(threshold=1e-6)],
         )
 
-    Source: https://arxiv.org/abs/2405.09637, section "Algorithm" for the rule, the vision
-    experiment for :data:`PAPER_PHASES`.
+    Source: https://arxiv.org/abs/2405.09637, the pseudo-code for the rule and the vision experiment
+    for :data:`PAPER_PHASES`.
     """
 
     def __init__(
