@@ -30,7 +30,7 @@ from avalanche.benchmarks.datasets import default_dataset_location
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from experiments.errors import UserError
+from experiments.errors import UserError, one_line
 from experiments.models import make_mlp
 
 SCENARIOS = {
@@ -178,19 +178,14 @@ def _loaded(dataset: str, folder: Path, load: Callable[[], CLScenario]) -> CLSce
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, TypeError) as error:
         if not (isinstance(error, OSError) or "download" in str(error)):
             raise UserError(
-                f"{dataset} in {folder} is damaged ({_one_line(error)}); delete that folder to "
+                f"{dataset} in {folder} is damaged ({one_line(error)}); delete that folder to "
                 f"have it downloaded again"
             ) from error
         raise UserError(
-            f"{dataset} is not in {folder} and could not be downloaded ({_one_line(error)}); "
+            f"{dataset} is not in {folder} and could not be downloaded ({one_line(error)}); "
             f"connect to the network, or put torchvision's files there and name the folder above "
             f"it with --data-root"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 BENCHMARKS = {

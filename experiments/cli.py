@@ -324,15 +324,13 @@ def _config(
     options: argparse.Namespace, method: str, seed: int, overrides: dict[str, str]
 ) -> RunConfig:
     from experiments.config import Setting, parse_value
-    from experiments.methods import METHODS, make_config
+    from experiments.methods import METHODS, make_config, require_known
     from experiments.run import find_device
 
     spec = _benchmark(options)
     find_device(options.device)
     known = METHODS[_known("method", method)].defaults
-    for key in overrides:
-        if key not in known:
-            raise UserError(f"{method} has no hyper-parameter {key!r}; it has {', '.join(known)}")
+    require_known(method, overrides)
     return make_config(
         options.benchmark,
         options.scenario,

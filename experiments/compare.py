@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from experiments.benchmarks import make_benchmark
 from experiments.config import RunConfig
-from experiments.errors import UserError
+from experiments.errors import UserError, one_line
 from experiments.processes import CONTEXT, available_cores, make_pool, stop
-from experiments.resultfiles import Results
+from experiments.resultfiles import Results, describe_failure
 from experiments.run import run
 
 _progress_queue: Any = None  # in a worker: where it reports finished experiences
@@ -29,7 +29,6 @@ def run_all(
     jobs: int | None = None,
     steps: Callable[[RunConfig], int] = lambda config: 1,
     command: str = "",
-    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Do the runs that are not done yet and save each as it ends.
 
@@ -43,7 +42,6 @@ def run_all(
         jobs: processes, each with one thread. Default: one for each core.
         steps: how often a run reports progress.
         command: saved with each result, to say what made it.
-        quiet: show no progress bar.
 
     Returns:
         The failures, as ``{"config": ..., "error": ...}``.
@@ -64,7 +62,6 @@ def run_all(
         total=sum(map(steps, todo)),
         unit="exp",
         desc=f"{len(todo)} runs" + (f", {len(done)} done before" if done else ""),
-        disable=quiet,
     )
     size = min(jobs or available_cores(), len(todo))
     with bar, make_pool(size, _report_to, reports) as pool:
@@ -78,7 +75,7 @@ def run_all(
                     results.save(result)
                     if "error" in result:
                         failures.append(result)
-                        bar.write(_failure_line(result))
+                        bar.write(f"FAILED {describe_failure(result)}")
             bar.update(_drain(reports))
         except BaseException:
             stop(pool)
@@ -104,8 +101,11 @@ def attempt(
     except UserError as error:
         return {"config": config.as_dict(), "error": str(error)}
     except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        return {"config": config.as_dict(), "error": line, "traceback": traceback.format_exc()}
+        return {
+            "config": config.as_dict(),
+            "error": one_line(error),
+            "traceback": traceback.format_exc(),
+        }
 
 
 def _outcome(future: Future[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
@@ -114,11 +114,6 @@ def _outcome(future: Future[dict[str, Any]], config: RunConfig) -> dict[str, Any
     except BrokenProcessPool:
         error = "a worker process was killed (out of memory?) while this run was waiting or running"
         return {"config": config.as_dict(), "error": error}
-
-
-def _failure_line(result: dict[str, Any]) -> str:
-    config = result["config"]
-    return f"FAILED {config['method']}, seed {config['seed']}: {result['error']}"
 
 
 def _drain(reports: Any) -> int:

@@ -1,4 +1,4 @@
-"""The error that the command line shows as one line."""
+"""The errors that the command line shows as one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """A training whose gradients are no longer finite."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

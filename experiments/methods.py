@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from avalanche.training import EWC, JointTraining, Naive
 from torch import nn
 
-from avalanche_classp import CLASSP, PAPER_PHASES
+from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer
 from experiments.benchmarks import BENCHMARKS
 from experiments.config import Hyper, RunConfig, Setting, chosen_setting
 from experiments.errors import UserError
@@ -82,11 +83,10 @@ METHODS = {
     "classp": Method(
         "CLASSP",
         {
-            "lr": 0.01,
-            "threshold": 0.0,
-            "epsilon": 1e-4,
-            "power": 1.0,
-            "apply_decay": True,
+            **{
+                name: inspect.signature(CLASSPOptimizer).parameters[name].default
+                for name in ("lr", "threshold", "epsilon", "power", "apply_decay")
+            },
             "paper_phases": False,
         },
         _classp,
@@ -98,6 +98,18 @@ METHODS = {
 def count_steps(config: RunConfig) -> int:
     """Return how often a run of this config trains and evaluates."""
     return 1 if config.method == "joint" else BENCHMARKS[config.benchmark].experiences
+
+
+def require_known(method: str, hyper: Iterable[str]) -> None:
+    """Check the names of a method's hyper-parameters.
+
+    Raises:
+        UserError: the method has none of such a name.
+    """
+    known = METHODS[method].defaults
+    for key in hyper:
+        if key not in known:
+            raise UserError(f"{method} has no hyper-parameter {key!r}; it has {', '.join(known)}")
 
 
 def make_config(
@@ -126,9 +138,7 @@ def make_config(
     setting = chosen_setting(benchmark, scenario, method) or defaults
     known = METHODS[method].defaults
     hyper = {**known, **setting.hyper, **(overrides or {})}
-    for key in hyper:
-        if key not in known:
-            raise UserError(f"{method} has no hyper-parameter {key!r}; it has {sorted(known)}")
+    require_known(method, hyper)
     for key, value in hyper.items():
         if value < 0:
             raise UserError(f"{key} of {method} must be at least 0, got {value!r}")

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.config import RunConfig
-from experiments.resultfiles import write_atomically
+from experiments.resultfiles import describe_failure, write_atomically
 
 matplotlib.use("Agg")
 
@@ -216,10 +216,7 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
     rows = table_rows(results)
     config = results[0]["config"]
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
-    failed = [
-        f"{failure['config']['method']}, seed {failure['config']['seed']}: {failure['error']}"
-        for failure in failures
-    ]
+    failed = [describe_failure(failure) for failure in failures]
     parts = [
         f"# {title}",
         *(

@@ -76,6 +76,12 @@ class Results:
         ]
 
 
+def describe_failure(result: Mapping[str, Any]) -> str:
+    """Return which run failed and why, on one line."""
+    config = result["config"]
+    return f"{config['method']}, seed {config['seed']}: {result['error']}"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a crash.
 

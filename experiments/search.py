@@ -115,10 +115,11 @@ def search(
     }
     for method in methods:
         study = _study(method, folder)
-        if study.user_attrs.setdefault("arguments", arguments) != arguments:
+        before = study.user_attrs.get("arguments", arguments)
+        if before != arguments:
             raise UserError(
-                f"{folder} holds a search of {method} with other arguments "
-                f"({study.user_attrs['arguments']}); give another --output"
+                f"{folder} holds a search of {method} with other arguments ({before}); give "
+                f"another --output"
             )
         study.set_user_attr("arguments", arguments)
     with (
