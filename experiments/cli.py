@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.configfile import read_words
 from experiments.errors import UserError
 
 if TYPE_CHECKING:
     from experiments.benchmarks import Benchmark
     from experiments.config import RunConfig
-
-DEFAULT_METHODS = ("naive", "adagrad", "ewc", "classp", "joint")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program. Default: ``sys.argv[1:]``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
-    options.command_line = shlex.join(["python", "-m", "experiments", *words])
+    parser = _parser()
+    options = parser.parse_args(words)
     # Avalanche imports a package of solvers that nothing here uses. Worker processes import it
     # before any code of ours could tell them.
     warnings.filterwarnings("ignore", message="no QP solver found")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     try:
+        if getattr(options, "config", None) is not None:
+            words = read_words(options.config, words, options.known)
+            options = parser.parse_args(words)
+        options.command_line = shlex.join(["python", "-m", "experiments", *words])
         return options.function(options)
     except ModuleNotFoundError as error:
         print(f"error: {error}; pip install '.[experiments]' brings it", file=sys.stderr)
@@ -63,9 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--methods",
         nargs="+",
-        default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"default: {' '.join(DEFAULT_METHODS)}",
+        help="default: all that `list` names",
     )
     compare.add_argument(
         "--seeds",
@@ -87,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     search = _command(commands, "search", _search, "settings, the same budget for every method")
     _benchmark_options(search)
-    search.add_argument(
-        "--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD", help="default: all"
-    )
+    search.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     search.add_argument(
         "--trials",
         type=_positive,
@@ -128,19 +128,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(function=function)
+    parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    parser.set_defaults(function=function, known=parser)
     return parser
 
 
 def _benchmark_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file with these options (without the dashes); the command line is above it",
+    )
     parser.add_argument(
         "--benchmark",
         default="split-digits",
         metavar="NAME",
         help="default: split-digits, which needs no download",
     )
-    parser.add_argument("--scenario", default="class", metavar="NAME", help="default: class")
+    parser.add_argument(
+        "--scenario", metavar="NAME", help="default: class, or the benchmark's only one"
+    )
+    parser.add_argument("--model", metavar="NAME", help="default: the benchmark's usual one")
+    parser.add_argument(
+        "--experiences", type=_positive, metavar="N", help="default: the benchmark's usual number"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -156,7 +170,12 @@ def _benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_options(parser: argparse.ArgumentParser, form: str) -> None:
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="default: as searched")
+    parser.add_argument(
+        "--epochs",
+        type=_epochs,
+        metavar="N[,N...]",
+        help="of each experience, the last number for all that follow (default: as searched)",
+    )
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: as searched")
     parser.add_argument(
         "--set",
@@ -167,6 +186,11 @@ def _run_options(parser: argparse.ArgumentParser, form: str) -> None:
         help="a hyper-parameter; may be repeated",
     )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def _epochs(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(_positive(number) for number in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _positive(text: str) -> int:
@@ -189,7 +213,7 @@ def _compare(options: argparse.Namespace) -> int:
     from experiments.report import write_report
     from experiments.resultfiles import Results
 
-    methods = list(dict.fromkeys(options.methods))
+    methods = _methods(options)
     overrides: dict[str, dict[str, str]] = defaultdict(dict)
     for text in options.overrides:
         place, value = _split_override(text, "METHOD.KEY=VALUE")
@@ -247,16 +271,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from experiments.config import SETTINGS_FILE
     from experiments.processes import available_cores
-    from experiments.resultfiles import write_atomically
     from experiments.search import search
+    from experiments.settings import adopt
 
     spec = _benchmark(options)
     settings = search(
         options.benchmark,
         options.scenario,
-        [_known("method", name) for name in dict.fromkeys(options.methods)],
+        _methods(options),
         _output(options) / "search",
         options.trials,
         options.tuning_seeds,
@@ -265,14 +288,12 @@ def _search(options: argparse.Namespace) -> int:
         options.data_root,
         options.train_share,
         options.jobs or available_cores(),
+        **_given(options, "model", "experiences"),
     )
     for method, setting in settings.items():
         print(method, json.dumps(setting.as_dict()))
     if options.adopt:
-        chosen = json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
-        place = chosen.setdefault(f"{options.benchmark}/{options.scenario}", {})
-        place.update({method: setting.as_dict() for method, setting in settings.items()})
-        write_atomically(SETTINGS_FILE, json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+        adopt(options.benchmark, options.scenario, settings)
     return 0
 
 
@@ -297,19 +318,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from experiments.benchmarks import BENCHMARKS, SCENARIOS
-    from experiments.methods import METHODS
-
-    for title, entries in (
-        ("benchmarks", {name: spec.description for name, spec in BENCHMARKS.items()}),
-        ("scenarios", SCENARIOS),
-        ("methods", {name: method.description for name, method in METHODS.items()}),
-    ):
-        print(f"{title}:")
-        for name, text in entries.items():
-            print(f"  {name:14}{text}")
-    for name, method in METHODS.items():
-        print(f"hyper-parameters of {name}: {', '.join(method.defaults)}")
+    registries = _registries()
+    for kind, entries in registries.items():
+        print(f"{kind}s:")
+        for name, entry in entries.items():
+            print(f"  {name:16}{entry if isinstance(entry, str) else entry.description}")
+            if kind == "benchmark":
+                print(f"{'':18}model {entry.model}; scenarios {', '.join(entry.scenarios)}")
+            elif kind == "method":
+                values = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
+                print(f"{'':18}{values}")
     return 0
 
 
@@ -323,11 +341,12 @@ def _split_override(text: str, form: str) -> tuple[str, str]:
 def _config(
     options: argparse.Namespace, method: str, seed: int, overrides: dict[str, str]
 ) -> RunConfig:
-    from experiments.config import Setting, parse_value
-    from experiments.methods import METHODS, make_config, require_known
+    from experiments.config import parse_value
+    from experiments.methods import METHODS
     from experiments.run import find_device
+    from experiments.settings import make_config, require_known
 
-    spec = _benchmark(options)
+    _benchmark(options)
     find_device(options.device)
     known = METHODS[_known("method", method)].defaults
     require_known(method, overrides)
@@ -336,37 +355,47 @@ def _config(
         options.scenario,
         method,
         seed,
-        Setting(spec.epochs, spec.batch_size, {}),
         {key: parse_value(text, known[key], key) for key, text in overrides.items()},
         device=options.device,
-        **{
-            key: value
-            for key, value in (("epochs", options.epochs), ("batch_size", options.batch_size))
-            if value is not None
-        },
+        **_given(options, "model", "experiences", "epochs", "batch_size"),
     )
 
 
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options of these names that were given."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _methods(options: argparse.Namespace) -> list[str]:
+    from experiments.methods import METHODS
+
+    return [_known("method", name) for name in dict.fromkeys(options.methods or METHODS)]
+
+
 def _benchmark(options: argparse.Namespace) -> Benchmark:
+    """Return the benchmark, and fill in its default scenario."""
     from experiments.benchmarks import BENCHMARKS
 
-    _known("scenario", options.scenario)
-    return BENCHMARKS[_known("benchmark", options.benchmark)]
+    spec = BENCHMARKS[_known("benchmark", options.benchmark)]
+    options.scenario = _known("scenario", options.scenario or spec.scenarios[0])
+    if options.model is not None:
+        _known("model", options.model)
+    return spec
 
 
 def _known(kind: str, name: str) -> str:
-    from experiments.benchmarks import BENCHMARKS, SCENARIOS
-    from experiments.methods import METHODS
-
-    groups: dict[str, Mapping[str, Any]] = {
-        "benchmark": BENCHMARKS,
-        "scenario": SCENARIOS,
-        "method": METHODS,
-    }
-    names = groups[kind]
+    names = _registries()[kind]
     if name not in names:
         raise UserError(f"unknown {kind} {name!r}; choose from {', '.join(names)}")
     return name
+
+
+def _registries() -> dict[str, Mapping[str, Any]]:
+    from experiments.benchmarks import BENCHMARKS, SCENARIOS
+    from experiments.methods import METHODS
+    from experiments.models import MODELS
+
+    return {"benchmark": BENCHMARKS, "scenario": SCENARIOS, "method": METHODS, "model": MODELS}
 
 
 def _output(options: argparse.Namespace) -> Path:

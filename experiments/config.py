@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from experiments.errors import UserError
 
-SETTINGS_FILE = Path(__file__).with_name("settings.json")
-"""What the search chose for each benchmark, scenario and method (see results/README.md)."""
-
 Hyper = Mapping[str, float | int | bool]
+Epochs = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,11 @@ class RunConfig:
         benchmark: name of the benchmark.
         scenario: task, domain or class.
         method: name of the method.
+        model: name of the model.
+        experiences: number of experiences.
         seed: seeds model, data order and benchmark.
-        epochs: training epochs per experience (over the joint data for ``joint``).
+        epochs: training epochs per experience (over the joint data for ``joint``); of several
+            numbers, experience i has the i-th, and the last one is for all that follow.
         batch_size: training mini-batch size.
         hyper: the method's own hyper-parameters, all of them.
         device: torch device.
@@ -40,8 +39,10 @@ class RunConfig:
     benchmark: str
     scenario: str
     method: str
+    model: str
+    experiences: int
     seed: int
-    epochs: int
+    epochs: Epochs
     batch_size: int
     hyper: Hyper = field(default_factory=dict)
     device: str = "cpu"
@@ -49,10 +50,19 @@ class RunConfig:
     train_share: float = 1.0
 
     def __post_init__(self) -> None:
-        # NumPy takes seeds of 32 bits; more epochs or samples than that are a slip.
-        most = 2**32 - 1
-        for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1)):
-            value = getattr(self, name)
+        if isinstance(self.epochs, list):  # JSON has no tuples
+            object.__setattr__(self, "epochs", tuple(self.epochs))
+        epochs = self.epochs if isinstance(self.epochs, tuple) else (self.epochs,)
+        if not epochs:
+            raise UserError("epochs must be at least one whole number, got none")
+        for name, least, value in (
+            ("seed", 0, self.seed),
+            ("experiences", 1, self.experiences),
+            ("batch_size", 1, self.batch_size),
+            *(("epochs", 1, number) for number in epochs),
+        ):
+            # NumPy takes seeds of 32 bits; more epochs or samples than that are a slip.
+            most = 2**32 - 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise UserError(
                     f"{name} must be a whole number from {least} to {most}, got {value!r}"
@@ -66,7 +76,14 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the config as JSON can hold it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "hyper": dict(self.hyper)}
+        epochs = list(self.epochs) if isinstance(self.epochs, tuple) else self.epochs
+        return {**values, "epochs": epochs, "hyper": dict(self.hyper)}
+
+    def epochs_in(self, experience: int) -> int:
+        """Return the training epochs of the experience of this number, from 0 on."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        return self.epochs[min(experience, len(self.epochs) - 1)]
 
     def __reduce__(self) -> Any:
         return (_from_dict, (self.as_dict(),))
@@ -97,30 +114,6 @@ class RunConfig:
 
 def _from_dict(values: dict[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Epochs, batch size and hyper-parameters of a method on a benchmark and scenario."""
-
-    epochs: int
-    batch_size: int
-    hyper: Hyper
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the setting as JSON can hold it."""
-        return asdict(self)
-
-
-@cache
-def _settings() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
-
-
-def chosen_setting(benchmark: str, scenario: str, method: str) -> Setting | None:
-    """Return what the search chose, or None where nothing was searched."""
-    entry = _settings().get(f"{benchmark}/{scenario}", {}).get(method)
-    return None if entry is None else Setting(**entry)
 
 
 def parse_value(text: str, like: float | int | bool, name: str) -> float | int | bool:

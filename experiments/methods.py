@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,7 @@ from avalanche.training import EWC, JointTraining, Naive
 from torch import nn
 
 from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer
-from experiments.benchmarks import BENCHMARKS
-from experiments.config import Hyper, RunConfig, Setting, chosen_setting
-from experiments.errors import UserError
+from experiments.config import Hyper, RunConfig
 
 Build = Callable[[nn.Module, Hyper, dict[str, Any]], Any]
 
@@ -97,57 +95,4 @@ METHODS = {
 
 def count_steps(config: RunConfig) -> int:
     """Return how often a run of this config trains and evaluates."""
-    return 1 if config.method == "joint" else BENCHMARKS[config.benchmark].experiences
-
-
-def require_known(method: str, hyper: Iterable[str]) -> None:
-    """Check the names of a method's hyper-parameters.
-
-    Raises:
-        UserError: the method has none of such a name.
-    """
-    known = METHODS[method].defaults
-    for key in hyper:
-        if key not in known:
-            raise UserError(f"{method} has no hyper-parameter {key!r}; it has {', '.join(known)}")
-
-
-def make_config(
-    benchmark: str,
-    scenario: str,
-    method: str,
-    seed: int,
-    defaults: Setting,
-    overrides: Hyper | None = None,
-    **fixed: Any,
-) -> RunConfig:
-    """Make a run's config: what was searched, else the defaults, then what the user says.
-
-    Args:
-        benchmark: the benchmark's name.
-        scenario: the scenario's name.
-        method: the method's name.
-        seed: the seed.
-        defaults: the benchmark's epochs and batch size.
-        overrides: hyper-parameters that the user sets.
-        **fixed: other RunConfig fields that the user sets, such as ``epochs``.
-
-    Raises:
-        UserError: an unknown hyper-parameter, or a value out of range.
-    """
-    setting = chosen_setting(benchmark, scenario, method) or defaults
-    known = METHODS[method].defaults
-    hyper = {**known, **setting.hyper, **(overrides or {})}
-    require_known(method, hyper)
-    for key, value in hyper.items():
-        if value < 0:
-            raise UserError(f"{key} of {method} must be at least 0, got {value!r}")
-    try:
-        # The methods check their own arguments: better now than in the middle of a comparison.
-        METHODS[method].build(nn.Linear(1, 1), hyper, {"criterion": nn.CrossEntropyLoss()})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{method}: {error}") from error
-    chosen = {"epochs": setting.epochs, "batch_size": setting.batch_size, **fixed}
-    return RunConfig(
-        benchmark=benchmark, scenario=scenario, method=method, seed=seed, hyper=hyper, **chosen
-    )
+    return 1 if config.method == "joint" else config.experiences

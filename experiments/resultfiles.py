@@ -13,10 +13,14 @@ from typing import Any
 from experiments.config import RunConfig
 from experiments.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 _NUMBERS = (
     "average_accuracy",
     "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "learning_accuracy",
+    "peak_memory_bytes",
     "seconds_per_experience",
     "state_bytes_per_parameter",
 )

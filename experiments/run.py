@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from avalanche.core import BasePlugin
 from avalanche.evaluation.metrics import (
+    MaxRAM,
     accuracy_metrics,
+    bwt_metrics,
     confusion_matrix_metrics,
     forgetting_metrics,
+    forward_transfer_metrics,
     timing_metrics,
 )
 from avalanche.training import JointTraining
@@ -24,10 +27,12 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
 
 from avalanche_classp.optimizer import NonFiniteGradientError
-from experiments.benchmarks import count_labels, make_benchmark, make_model
+from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import RunConfig
 from experiments.errors import DivergedError, UserError
 from experiments.methods import METHODS
+from experiments.models import make_model
+from experiments.settings import source_of
 
 EVAL_BATCH_SIZE = 512
 
@@ -42,8 +47,9 @@ def run(
     Args:
         config: what to run.
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
-        progress: called after each experience is trained and evaluated. A validation run is
-            evaluated after the last one only: the search needs no more.
+        progress: called after each experience is trained and evaluated.
+
+    A validation run is evaluated after the last experience only: the search needs no more.
 
     Returns:
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
@@ -56,72 +62,110 @@ def run(
     torch.set_num_threads(1)
     RNGManager.set_random_seeds(config.seed)
     device = find_device(config.device)
+    spec = BENCHMARKS[config.benchmark]
+    labels = spec.count_labels(config.scenario, config.experiences)
     benchmark = make_benchmark(
-        config.benchmark, config.scenario, data_root, config.validation, config.train_share
+        config.benchmark,
+        config.scenario,
+        data_root,
+        experiences=config.experiences,
+        seed=config.seed,
+        validation=config.validation,
+        train_share=config.train_share,
     )
-    model = make_model(config.benchmark, config.scenario)
-    evaluator = _evaluator(count_labels(config.benchmark, config.scenario))
+    model = make_model(config.model, spec.shape, labels, config.scenario == "task")
     strategy = METHODS[config.method].build(
         model,
         config.hyper,
         {
             "criterion": nn.CrossEntropyLoss(),
             "train_mb_size": config.batch_size,
-            "train_epochs": config.epochs,
             "eval_mb_size": EVAL_BATCH_SIZE,
             "device": device,
-            "evaluator": evaluator,
+            "evaluator": _evaluator(labels),
+            "eval_every": 0,  # Avalanche's forward transfer insists on it
         },
     )
-
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    memory = MaxRAM(every=0.05)
+    memory.start_thread()
     started = time.perf_counter()
     try:
-        steps = _train(strategy, benchmark, progress, only_at_the_end=config.validation)
+        steps = _train(strategy, benchmark, config, progress)
     except NonFiniteGradientError as error:
         raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
-    experiences = len(benchmark.train_stream)
-    train_seconds = [step["train_seconds"] for step in steps]
+    finally:
+        wall_seconds = time.perf_counter() - started
+        memory.stop_thread()
+    train_seconds = [step["train_seconds"] for step in steps if "train_seconds" in step]
     # Heads may have come on the way.
     parameters = sum(p.numel() for p in strategy.model.parameters())
-    evaluated = [step for step in steps if "accuracies" in step]
-    matrix = [step["accuracies"] for step in evaluated]
     return {
         "config": config.as_dict(),
-        "average_accuracy": sum(matrix[-1]) / experiences,
-        # With one evaluation there is no earlier accuracy; Avalanche says 0 then.
-        "forgetting": evaluated[-1]["forgetting"] if len(evaluated) > 1 else None,
-        "accuracy_matrix": matrix,
+        "setting": source_of(config),
+        **_accuracies(steps),
         "confusion_matrix": steps[-1]["confusion_matrix"],
         "train_seconds": train_seconds,
-        "eval_seconds": [step["eval_seconds"] for step in evaluated],
-        "seconds_per_experience": sum(train_seconds) / experiences,
-        "wall_seconds": time.perf_counter() - started,
+        "eval_seconds": [step["eval_seconds"] for step in steps if "eval_seconds" in step],
+        "seconds_per_experience": sum(train_seconds) / config.experiences,
+        "wall_seconds": wall_seconds,
         "parameters": parameters,
-        "state_bytes": [step["state_bytes"] for step in steps],
+        "state_bytes": [step["state_bytes"] for step in steps if "state_bytes" in step],
         "state_bytes_per_parameter": steps[-1]["state_bytes"] / parameters,
+        "peak_memory_bytes": int(memory.result() * 2**20),
+        "peak_device_bytes": (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        ),
         "environment": _environment(),
     }
 
 
 def _train(
-    strategy: Any, benchmark: Any, progress: Callable[[], object], only_at_the_end: bool
+    strategy: Any, benchmark: Any, config: RunConfig, progress: Callable[[], object]
 ) -> list[dict[str, Any]]:
-    """Train experience by experience (all at once for joint training), evaluating after each."""
+    """Evaluate, then train experience by experience (joint training: all at once) and evaluate.
+
+    Returns what was measured before training (nothing for a validation run or joint training) and
+    after each experience.
+    """
+    test = benchmark.test_stream
     stream = benchmark.train_stream
     parts = [stream] if isinstance(strategy, JointTraining) else list(stream)
-    steps = []
-    for part in parts:
+    steps: list[dict[str, Any]] = [{}]
+    # Joint training has no transfer to measure, and Avalanche gives its model the heads late.
+    if not config.validation and len(parts) > 1:
+        steps = [_read_metrics(strategy.eval(test), len(test))]
+    for i, part in enumerate(parts):
+        strategy.train_epochs = config.epochs_in(i)
         begin = time.perf_counter()
         strategy.train(part, eval_streams=[])
         # Avalanche times epochs, which leaves out what EWC does after the last one.
         seconds = time.perf_counter() - begin
         step = {"train_seconds": seconds, "state_bytes": method_state_bytes(strategy)}
-        if part is parts[-1] or not only_at_the_end:
-            measured = strategy.eval(benchmark.test_stream)
-            step |= _read_metrics(measured, len(benchmark.test_stream))
+        if part is parts[-1] or not config.validation:
+            step |= _read_metrics(strategy.eval(test), len(test))
         steps.append(step)
         progress()
     return steps
+
+
+def _accuracies(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the accuracies and what follows from them; transfer needs several evaluations."""
+    matrix = [step["accuracies"] for step in steps[1:] if "accuracies" in step]
+    last = steps[-1]
+    several = len(matrix) > 1
+    return {
+        "average_accuracy": sum(matrix[-1]) / len(matrix[-1]),
+        "forgetting": last["forgetting"] if several else None,
+        "backward_transfer": last["backward_transfer"] if several else None,
+        "forward_transfer": last["forward_transfer"] if several else None,
+        "learning_accuracy": (
+            sum(row[i] for i, row in enumerate(matrix)) / len(matrix) if several else None
+        ),
+        "initial_accuracies": steps[0].get("accuracies"),
+        "accuracy_matrix": matrix,
+    }
 
 
 def _read_metrics(measured: Mapping[str, Any], experiences: int) -> dict[str, Any]:
@@ -137,6 +181,8 @@ def _read_metrics(measured: Mapping[str, Any], experiences: int) -> dict[str, An
     return {
         "accuracies": [accuracies[i] for i in range(experiences)],
         "forgetting": value("StreamForgetting/eval_phase/"),
+        "backward_transfer": value("StreamBWT/eval_phase/"),
+        "forward_transfer": value("StreamForwardTransfer/eval_phase/"),
         "eval_seconds": value("Time_Stream/eval_phase/"),
         "confusion_matrix": value("ConfusionMatrix_Stream/eval_phase/").tolist(),
     }
@@ -148,6 +194,8 @@ def _evaluator(labels: int) -> EvaluationPlugin:
         return EvaluationPlugin(
             accuracy_metrics(experience=True),
             forgetting_metrics(stream=True),
+            bwt_metrics(stream=True),
+            forward_transfer_metrics(stream=True),
             timing_metrics(stream=True),
             confusion_matrix_metrics(num_classes=labels, stream=True, save_image=False),
             loggers=[],

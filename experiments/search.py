@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.benchmarks import make_benchmark
-from experiments.config import Setting
 from experiments.errors import DivergedError, UserError
-from experiments.methods import make_config
 from experiments.processes import make_pool, stop
 from experiments.resultfiles import make_folder, write_atomically
 from experiments.run import run
+from experiments.settings import Setting, make_config
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
@@ -72,6 +70,7 @@ def search(
     data_root: Path | None = None,
     train_share: float = 1.0,
     jobs: int = 1,
+    **fixed: Any,
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
 
@@ -92,6 +91,7 @@ def search(
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
         train_share: see :class:`experiments.config.RunConfig`.
         jobs: methods searched at the same time.
+        **fixed: other RunConfig fields for every trial, such as ``model``.
 
     Returns:
         The best setting of each method.
@@ -101,10 +101,19 @@ def search(
             succeeded.
     """
     for method in methods:
-        config = make_config(benchmark, scenario, method, FIRST_TUNING_SEED, Setting(1, 1, {}))
-        replace(config, validation=True, train_share=train_share)  # refuses a wrong share
+        # Wrong arguments are refused before anything is written.
+        make_config(
+            benchmark,
+            scenario,
+            method,
+            FIRST_TUNING_SEED,
+            validation=True,
+            train_share=train_share,
+            **fixed,
+        )
     make_folder(folder)
-    make_benchmark(benchmark, scenario, data_root)  # downloaded once, and not by each process
+    # Downloaded once, and not by each process.
+    make_benchmark(benchmark, scenario, data_root, experiences=fixed.get("experiences"))
     arguments = {
         "benchmark": benchmark,
         "scenario": scenario,
@@ -112,6 +121,7 @@ def search(
         "epochs_choices": list(epochs_choices),
         "batch_size": batch_size,
         "train_share": train_share,
+        "fixed": fixed,
     }
     for method in methods:
         study = _study(method, folder)
@@ -161,12 +171,12 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
                 arguments["scenario"],
                 method,
                 seed,
-                Setting(epochs, arguments["batch_size"], {}),
                 hyper,
                 epochs=epochs,
                 batch_size=arguments["batch_size"],
                 validation=True,
                 train_share=arguments["train_share"],
+                **arguments["fixed"],
             )
             try:
                 total += run(config, data_root)["average_accuracy"]

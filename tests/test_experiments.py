@@ -4,49 +4,44 @@ import csv
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
 
+import avalanche.training
 import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import nc_benchmark
-from avalanche.benchmarks.datasets import default_dataset_location
-from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
+from avalanche.evaluation.metrics import (
+    accuracy_metrics,
+    bwt_metrics,
+    forgetting_metrics,
+    forward_transfer_metrics,
+)
 from avalanche.models import SimpleMLP
 from avalanche.training.plugins import EvaluationPlugin
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from small_data import small_config, without_times, write_mnist
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_classp import CLASSP
-from experiments.benchmarks import BENCHMARKS, SCENARIOS, make_benchmark, make_model
+from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.cli import main
-from experiments.config import RunConfig, Setting, chosen_setting, parse_value
+from experiments.config import RunConfig, parse_value
 from experiments.errors import UserError
-from experiments.methods import METHODS, make_config
+from experiments.methods import METHODS
 from experiments.report import csv_table, markdown_table, mean_interval, table_rows
 from experiments.resultfiles import Results, write_atomically
 from experiments.run import run
+from experiments.settings import make_config, searched_setting, source_of
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
-
-
-def small_config(method="classp", scenario="class", benchmark="split-digits", **fields):
-    hyper = fields.pop("hyper", METHODS[method].defaults)
-    values = {"seed": 0, "epochs": 1, "batch_size": 64, **fields}
-    return RunConfig(benchmark=benchmark, scenario=scenario, method=method, hyper=hyper, **values)
-
-
-def without_times(result):
-    return {key: value for key, value in result.items() if "seconds" not in key}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +70,11 @@ def test_a_run_equals_a_plain_avalanche_script():
         fixed_class_order=list(range(10)),
     )
     evaluator = EvaluationPlugin(
-        accuracy_metrics(experience=True), forgetting_metrics(stream=True), loggers=[]
+        accuracy_metrics(experience=True),
+        forgetting_metrics(stream=True),
+        bwt_metrics(stream=True),
+        forward_transfer_metrics(stream=True),
+        loggers=[],
     )
     strategy = CLASSP(
         model=SimpleMLP(10, 64, hidden_size=256, hidden_layers=2, drop_rate=0.0),
@@ -88,7 +87,9 @@ def test_a_run_equals_a_plain_avalanche_script():
         train_epochs=2,
         eval_mb_size=512,
         evaluator=evaluator,
+        eval_every=0,
     )
+    strategy.eval(benchmark.test_stream)
     matrix = []
     for experience in benchmark.train_stream:
         strategy.train(experience, eval_streams=[])
@@ -97,7 +98,12 @@ def test_a_run_equals_a_plain_avalanche_script():
         matrix.append([metrics[f"{name}{i}"] for i in range(5)])
     assert ours["accuracy_matrix"] == matrix
     assert ours["average_accuracy"] == pytest.approx(np.mean(matrix[-1]))
-    assert ours["forgetting"] == metrics["StreamForgetting/eval_phase/test_stream"]
+    for key, name in (
+        ("forgetting", "StreamForgetting"),
+        ("backward_transfer", "StreamBWT"),
+        ("forward_transfer", "StreamForwardTransfer"),
+    ):
+        assert ours[key] == metrics[f"{name}/eval_phase/test_stream"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -105,17 +111,55 @@ def test_the_same_config_gives_the_same_numbers(method, results):
     assert without_times(run(small_config(method))) == without_times(results[method])
 
 
-@pytest.mark.parametrize("method", set(METHODS) - {"joint"})
-def test_forgetting_follows_from_the_matrix(method, results):
-    matrix = np.array(results[method]["accuracy_matrix"])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"joint"}))
+def test_what_is_made_of_the_matrix_follows_its_definition(method, results):
+    """Avalanche's metrics, and our own learning accuracy, by hand from the accuracies."""
+    result = results[method]
+    matrix, initial = np.array(result["accuracy_matrix"]), np.array(result["initial_accuracies"])
     assert matrix.shape == (5, 5)
-    forgetting = np.mean(np.diag(matrix)[:-1] - matrix[-1, :-1])
-    assert results[method]["forgetting"] == pytest.approx(forgetting)
+    learnt = np.diag(matrix)
+    before = np.diag(matrix[:-1, 1:])  # of an experience, just before training on it
+    assert result["average_accuracy"] == pytest.approx(matrix[-1].mean())
+    assert result["learning_accuracy"] == pytest.approx(learnt.mean())
+    assert result["forgetting"] == pytest.approx((learnt - matrix[-1])[:-1].mean())
+    assert result["backward_transfer"] == pytest.approx((matrix[-1] - learnt)[:-1].mean())
+    assert result["forward_transfer"] == pytest.approx((before - initial[1:]).mean())
+
+
+def test_times_and_memory_are_measured(results):
+    for method, result in results.items():
+        trained, evaluated = result["train_seconds"], result["eval_seconds"]
+        assert len(trained) == (1 if method == "joint" else 5)
+        assert len(evaluated) == (1 if method == "joint" else 6)
+        assert min(trained + evaluated) > 0
+        assert sum(trained) + sum(evaluated) < result["wall_seconds"]
+        assert result["seconds_per_experience"] == pytest.approx(sum(trained) / 5)
+        # Python with torch takes more than 100 MiB, and there is not more than the machine has.
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        assert 100 * 2**20 < result["peak_memory_bytes"] < most
+        assert result["peak_device_bytes"] is None
+
+
+def test_peak_memory_sees_what_a_run_takes(monkeypatch):
+    """A run that holds 300 MiB more for a moment has a peak of about as much more."""
+    usual = run(small_config("naive"))["peak_memory_bytes"]
+    train = avalanche.training.Naive.train
+
+    def greedy(self, *args, **kwargs):
+        held = torch.ones(300 * 2**20 // 4)
+        time.sleep(0.2)
+        del held
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(avalanche.training.Naive, "train", greedy)
+    peak = run(small_config("naive"))["peak_memory_bytes"]
+    assert peak - usual == pytest.approx(300 * 2**20, rel=0.3)
 
 
 def test_joint_training_is_evaluated_once_and_forgets_nothing(results):
     assert np.shape(results["joint"]["accuracy_matrix"]) == (1, 5)
-    assert results["joint"]["forgetting"] is None
+    for key in ("forgetting", "backward_transfer", "forward_transfer", "learning_accuracy"):
+        assert results["joint"][key] is None
     assert results["joint"]["average_accuracy"] > 0.7 > results["naive"]["average_accuracy"]
 
 
@@ -145,137 +189,6 @@ def test_every_method_runs_in_every_scenario(method, scenario, validation):
     json.dumps(result)
 
 
-# Benchmarks
-
-
-@pytest.mark.parametrize(("scenario", "labels"), [("task", 2), ("domain", 2), ("class", 10)])
-def test_scenarios_share_labels_and_heads_as_they_should(scenario, labels):
-    benchmark = make_benchmark("split-digits", scenario)
-    seen = [sorted(set(e.dataset.targets)) for e in benchmark.train_stream]
-    tasks = [list(e.task_labels) for e in benchmark.train_stream]
-    if scenario == "class":
-        assert seen == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    else:
-        assert seen == [[0, 1]] * 5
-    assert tasks == ([[i] for i in range(5)] if scenario == "task" else [[0]] * 5)
-    classifier = make_model("split-digits", scenario).classifier
-    head = classifier.classifiers["0"].classifier if scenario == "task" else classifier
-    assert head.out_features == labels
-
-
-def images_of(stream):
-    return {sample[0].numpy().tobytes() for e in stream for sample in e.dataset}
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_validation_uses_training_data_alone_and_keeps_labels(scenario):
-    final = make_benchmark("split-digits", scenario)
-    tuning = make_benchmark("split-digits", scenario, validation=True)
-    trained, held_out = images_of(tuning.train_stream), images_of(tuning.test_stream)
-    assert trained | held_out == images_of(final.train_stream)
-    assert not trained & held_out
-    assert not (trained | held_out) & images_of(final.test_stream)
-    assert len(held_out) / len(trained | held_out) == pytest.approx(0.2, abs=0.01)
-    for one, other in zip(final.train_stream, tuning.test_stream, strict=True):
-        assert set(one.dataset.targets) == set(other.dataset.targets)
-        assert list(one.task_labels) == list(other.task_labels)
-
-
-def test_train_share_takes_a_part_of_each_class():
-    whole = make_benchmark("split-digits", "class", validation=True)
-    part = make_benchmark("split-digits", "class", validation=True, train_share=0.25)
-    assert images_of(part.train_stream) < images_of(whole.train_stream)
-    assert images_of(part.test_stream) == images_of(whole.test_stream)
-    for one, other in zip(whole.train_stream, part.train_stream, strict=True):
-        assert len(other.dataset) == pytest.approx(len(one.dataset) / 4, abs=2)
-
-
-def write_idx(path, array):
-    header = struct.pack(">HBB", 0, 8, array.ndim)
-    header += struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
-@pytest.fixture
-def small_mnist(tmp_path):
-    """MNIST's files with 20 images of each class, half of them bright on top."""
-    raw = tmp_path / "mnist" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for part, per_class in (("train", 20), ("t10k", 10)):
-        labels = np.repeat(np.arange(10), per_class)
-        images = rng.integers(0, 60, (len(labels), 28, 28))
-        images[np.arange(len(labels)), labels * 2] += 150  # a bright row tells the class
-        write_idx(raw / f"{part}-images-idx3-ubyte", images)
-        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
-    return tmp_path
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_split_mnist_reads_torchvisions_files_from_the_data_root(scenario, small_mnist):
-    result = run(
-        small_config("joint", scenario, "split-mnist", epochs=10, batch_size=10), small_mnist
-    )
-    assert result["average_accuracy"] > 0.9
-    assert np.sum(result["confusion_matrix"]) == 100
-
-
-@pytest.mark.skipif(
-    not (Path(default_dataset_location("mnist")) / "MNIST" / "raw").is_dir(),
-    reason="MNIST is not in Avalanche's default folder",
-)
-@pytest.mark.parametrize("scenario", ["task", "class"])
-def test_split_mnist_learns_from_the_real_data(scenario):
-    """On a tenth of the training data, one pass."""
-    config = small_config(
-        "classp", scenario, "split-mnist", validation=True, train_share=0.1, batch_size=32
-    )
-    result = run(config)
-    (accuracies,) = result["accuracy_matrix"]
-    assert np.sum(result["confusion_matrix"]) == 11996
-    assert min(accuracies) > 0.85 if scenario == "task" else accuracies[-1] > 0.85
-
-
-def test_missing_data_without_network_is_one_clear_line(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
-    with pytest.raises(UserError, match=r"MNIST is not in .*mnist.*no network.*--data-root"):
-        make_benchmark("split-mnist", "class", tmp_path)
-
-
-def test_a_search_without_data_costs_no_trials(tmp_path, small_mnist, capsys):
-    folder = small_mnist / "mnist" / "MNIST" / "raw"
-    file = folder / "t10k-images-idx3-ubyte"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:1000])
-    words = [
-        "search",
-        "--benchmark",
-        "split-mnist",
-        "--methods",
-        "naive",
-        "--trials",
-        "1",
-        "--tuning-seeds",
-        "1",
-    ]
-    words += ["--data-root", str(small_mnist), "--output", str(tmp_path), "--jobs", "1"]
-    assert main(words) == 2
-    assert "is damaged" in capsys.readouterr().err
-    file.write_bytes(whole)
-    assert main(words) == 0
-    assert (tmp_path / "search" / "trials.csv").read_text().count("naive") == 1
-
-
-def test_a_dataset_file_cut_in_half_is_one_clear_line(small_mnist):
-    file = small_mnist / "mnist" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"MNIST in .*mnist is damaged .*delete that folder"):
-        make_benchmark("split-mnist", "class", small_mnist)
-
-
 # Configs and settings
 
 
@@ -291,18 +204,59 @@ def test_configs_are_frozen_and_survive_json():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("seed", -1), ("epochs", 0), ("batch_size", 1.5), ("train_share", 0.5)]
+    ("name", "value", "shown"),
+    [
+        ("seed", -1, "-1"),
+        ("epochs", 0, "0"),
+        ("epochs", (2, 0), "0"),
+        ("epochs", (), "none"),
+        ("experiences", 0, "0"),
+        ("batch_size", 1.5, "1.5"),
+        ("train_share", 0.5, "0.5"),
+    ],
 )
-def test_configs_refuse_wrong_values(name, value):
-    with pytest.raises(UserError, match=f"{name} must be .*{value}"):
+def test_configs_refuse_wrong_values(name, value, shown):
+    with pytest.raises(UserError, match=f"{name} must be .*got {shown}"):
         small_config(**{name: value})
+
+
+def test_several_epochs_survive_json_and_are_for_one_experience_each():
+    config = small_config(epochs=(3, 1))
+    again = RunConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert again == config
+    assert again.key() == config.key()
+    assert [again.epochs_in(i) for i in range(4)] == [3, 1, 1, 1]
+
+
+def test_the_epochs_of_each_experience_are_trained():
+    """By the number of steps that Avalanche's clock has counted after each experience."""
+    steps = []
+    train = avalanche.training.Naive.train
+
+    def counting(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        steps.append(self.clock.train_iterations)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avalanche.training.Naive, "train", counting)
+        run(small_config("naive", epochs=(3, 1), batch_size=1000))
+    assert steps == [3, 4, 5, 6, 7]  # each experience is one mini-batch
+
+
+def test_a_result_says_where_its_setting_comes_from():
+    searched = make_config("split-digits", "class", "classp")
+    assert source_of(searched) == "searched"
+    assert source_of(make_config("split-digits", "class", "classp", seed=7)) == "searched"
+    assert source_of(make_config("split-digits", "class", "classp", hyper={"lr": 0.5})) == "given"
+    assert source_of(make_config("split-digits", "class", "classp", epochs=7)) == "given"
+    assert source_of(make_config("permuted-mnist", "domain", "naive")) == "default"
 
 
 def test_configs_refuse_unknown_keys():
     with pytest.raises(UserError, match="learning_rate"):
         RunConfig.from_dict({**small_config().as_dict(), "learning_rate": 1})
     with pytest.raises(UserError, match="naive has no hyper-parameter 'power'"):
-        make_config("split-digits", "class", "naive", 0, Setting(1, 1, {}), {"power": 1})
+        make_config("split-digits", "class", "naive", 0, {"power": 1})
 
 
 SEARCHED = [
@@ -313,9 +267,9 @@ SEARCHED = [
 
 
 @pytest.mark.parametrize(("benchmark", "scenario"), SEARCHED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["naive", "adagrad", "ewc", "classp", "joint"])
 def test_every_method_has_searched_settings(benchmark, scenario, method):
-    setting = chosen_setting(benchmark, scenario, method)
+    setting = searched_setting(benchmark, scenario, method)
     assert setting is not None
     assert setting.epochs in BENCHMARKS[benchmark].epochs_choices
     assert set(setting.hyper) <= set(METHODS[method].defaults)
@@ -339,6 +293,10 @@ def fake_result(method, seed, accuracy, **fields):
         "config": config.as_dict(),
         "average_accuracy": accuracy,
         "forgetting": 0.1,
+        "backward_transfer": -0.1,
+        "forward_transfer": 0.0,
+        "learning_accuracy": 0.9,
+        "peak_memory_bytes": 10**9,
         "accuracy_matrix": [[accuracy] * 5] * 5,
         "seconds_per_experience": 1.0,
         "state_bytes_per_parameter": 4.0,
@@ -454,7 +412,7 @@ def in_a_process(*words, **kwargs):
 def table_without_times(folder):
     with open(folder / "table.csv", encoding="utf-8") as file:
         return [
-            {key: value for key, value in row.items() if "seconds" not in key}
+            {key: value for key, value in row.items() if "seconds" not in key and "peak" not in key}
             for row in csv.DictReader(file)
         ]
 
@@ -542,6 +500,11 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
         ("compare --scenario instance", "unknown scenario 'instance'"),
         ("compare --methods naive sgd", "unknown method 'sgd'"),
         ("run --method ''", "unknown method"),
+        ("run --model mlp", "unknown model 'mlp'; choose from mlp-256"),
+        ("run --model cnn", "model 'cnn' takes images of 1 or 3 channels"),
+        ("run --experiences 3", "split-digits cannot have 3 experiences"),
+        ("run --benchmark permuted-mnist --scenario task", "has no scenario 'task'"),
+        ("run --config none.toml", "cannot read --config none.toml: No such file or directory"),
         ("run --set lr", "--set lr: write KEY=VALUE"),
         ("run --set momentum=1", "classp has no hyper-parameter 'momentum'"),
         ("run --set lr=fast", "lr must be a finite number, got 'fast'"),
@@ -568,7 +531,16 @@ def test_wrong_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["", "train", "compare --seeds 0", "compare --seeds x", "run --seed -1", "run --x 1"]
+    "words",
+    [
+        "",
+        "train",
+        "compare --seeds 0",
+        "compare --seeds x",
+        "run --seed -1",
+        "run --x 1",
+        "run --epochs 1,0",
+    ],
 )
 def test_wrong_words_show_the_usage(words, capsys):
     with pytest.raises(SystemExit) as end:
@@ -577,11 +549,82 @@ def test_wrong_words_show_the_usage(words, capsys):
     assert "usage: python -m experiments" in capsys.readouterr().err
 
 
+def test_a_config_file_says_what_the_command_line_can(tmp_path):
+    """The same run, once from a file and once from words; the user's words are above the file."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'benchmark = "split-digits"\nscenario = "domain"\nmethods = ["naive", "classp"]\n'
+        "seeds = 1\nepochs = [2, 1]\nbatch_size = 99\n"
+        "[set.classp]\nlr = 0.5\napply_decay = false\nthreshold = 1e-6\n"
+    )
+    output = ["--output", str(tmp_path / "file"), "--batch-size", "256"]
+    assert main(["compare", "--config", str(path), *output, "--set", "classp.lr=0.001"]) == 0
+    words = ["compare", "--scenario", "domain", "--methods", "naive", "classp", "--seeds", "1"]
+    words += ["--epochs", "2,1", "--batch-size", "256", "--output", str(tmp_path / "words")]
+    words += ["--set", "classp.lr=0.001", "--set", "classp.apply_decay=false"]
+    assert main([*words, "--set", "classp.threshold=1e-6"]) == 0
+    file, word = (Results(tmp_path / name).load() for name in ("file", "words"))
+    assert len(file) == 2
+    for one, other in zip(file, word, strict=True):
+        assert one["config"] == other["config"]
+        assert one["average_accuracy"] == other["average_accuracy"]
+        assert "--config" not in one["command"]  # the command alone gives it again
+        assert "--set classp.apply_decay=false" in one["command"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seeds = ", "is no TOML file: Invalid value"),
+        ("learning_rate = 1", "has the unknown key 'learning_rate'; known are benchmark, "),
+        ("config = 'x'", "has the unknown key 'config'"),
+        ("set = 1", "set must be a table of hyper-parameters, got 1"),
+        ("seed = true", "seed must be a text or a number, or a list of them, got True"),
+        ("benchmark = 'mnist'", "unknown benchmark 'mnist'"),
+        ("[set]\nlr = 'fast'", "lr must be a finite number, got 'fast'"),
+        ("[set]\nlr = [1]", "lr must be a finite number, got '[1]'"),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(content, message, tmp_path, capsys):
+    path = tmp_path / "wrong.toml"
+    path.write_text(content)
+    assert main(["run", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
     assert main(["run", "--method", "naive", *TINY, "--output", str(file)]) == 2
     assert f"error: cannot write {file}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_search_without_data_costs_no_trials(tmp_path, capsys):
+    write_mnist(tmp_path)
+    folder = tmp_path / "mnist" / "MNIST" / "raw"
+    file = folder / "t10k-images-idx3-ubyte"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    words = [
+        "search",
+        "--benchmark",
+        "split-mnist",
+        "--methods",
+        "naive",
+        "--trials",
+        "1",
+        "--tuning-seeds",
+        "1",
+    ]
+    words += ["--data-root", str(tmp_path), "--output", str(tmp_path), "--jobs", "1"]
+    assert main(words) == 2
+    assert "is damaged" in capsys.readouterr().err
+    file.write_bytes(whole)
+    assert main(words) == 0
+    assert (tmp_path / "search" / "trials.csv").read_text().count("naive") == 1
 
 
 def test_list_names_everything(capsys):
