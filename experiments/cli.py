@@ -1,4 +1,4 @@
-"""The command line. The heavy imports wait until a command needs them."""
+"""The commands. The heavy imports wait until one needs them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.errors import UserError
 
@@ -28,7 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program. Default: ``sys.argv[1:]``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
+    parser = make_parser(
+        {
+            "compare": _compare,
+            "run": _run,
+            "search": _search,
+            "report": _report,
+            "list": _list,
+        }
+    )
     options = parser.parse_args(words)
     # Avalanche imports a package of solvers that nothing here uses. Worker processes import it
     # before any code of ours could tell them.
@@ -52,159 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments",
-        description="Compare continual-learning methods on Avalanche's benchmarks.",
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    compare = _command(commands, "compare", _compare, "methods × seeds on one benchmark; a table")
-    _benchmark_options(compare)
-    compare.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="default: all that `list` names",
-    )
-    compare.add_argument(
-        "--seeds",
-        type=_positive,
-        default=3,
-        metavar="N",
-        help="seeds 0 to N-1 for each method (default: 3)",
-    )
-    _run_options(compare, "METHOD.KEY=VALUE")
-    compare.add_argument(
-        "--jobs", type=_positive, metavar="N", help="parallel processes (default: one per core)"
-    )
-
-    run = _command(commands, "run", _run, "one run")
-    _benchmark_options(run)
-    run.add_argument("--method", default="classp", metavar="METHOD", help="default: classp")
-    run.add_argument("--seed", type=_natural, default=0, metavar="S", help="default: 0")
-    _run_options(run, "KEY=VALUE")
-
-    search = _command(commands, "search", _search, "settings, the same budget for every method")
-    _benchmark_options(search)
-    search.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
-    search.add_argument(
-        "--trials",
-        type=_positive,
-        default=30,
-        metavar="N",
-        help="trials for each method (default: 30)",
-    )
-    search.add_argument(
-        "--tuning-seeds",
-        type=_positive,
-        default=2,
-        metavar="N",
-        help="seeds that each trial is run with (default: 2)",
-    )
-    search.add_argument(
-        "--train-share",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="train on this share of the training data (default: 1.0)",
-    )
-    search.add_argument(
-        "--jobs", type=_positive, metavar="N", help="methods at a time (default: one per core)"
-    )
-    search.add_argument(
-        "--adopt",
-        action="store_true",
-        help="make the result this checkout's default settings (experiments/settings.json)",
-    )
-
-    report = _command(commands, "report", _report, "tables and figures again, from result files")
-    report.add_argument("folder", type=Path, help="a folder that compare or run has written")
-
-    _command(commands, "list", _list, "benchmarks, scenarios and methods, each with one line")
-    return parser
-
-
-def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
-    )
-    parser.set_defaults(function=function, known=parser)
-    return parser
-
-
-def _benchmark_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="a TOML file with these options (without the dashes); the command line is above it",
-    )
-    parser.add_argument(
-        "--benchmark",
-        default="split-digits",
-        metavar="NAME",
-        help="default: split-digits, which needs no download",
-    )
-    parser.add_argument(
-        "--scenario", metavar="NAME", help="default: class, or the benchmark's only one"
-    )
-    parser.add_argument("--model", metavar="NAME", help="default: the benchmark's usual one")
-    parser.add_argument(
-        "--experiences", type=_positive, metavar="N", help="default: the benchmark's usual number"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where results go (default: results/BENCHMARK-SCENARIO)",
-    )
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="FOLDER",
-        help="where datasets lie or are downloaded to (default: ~/.avalanche/data)",
-    )
-
-
-def _run_options(parser: argparse.ArgumentParser, form: str) -> None:
-    parser.add_argument(
-        "--epochs",
-        type=_epochs,
-        metavar="N[,N...]",
-        help="of each experience, the last number for all that follow (default: as searched)",
-    )
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: as searched")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar=form,
-        dest="overrides",
-        help="a hyper-parameter; may be repeated",
-    )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-
-
-def _epochs(text: str) -> int | tuple[int, ...]:
-    numbers = tuple(_positive(number) for number in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
-    return int(text)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -1,0 +1,232 @@
+"""The words of the command line: commands, options, their help."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """Make the parser of all commands.
+
+    Args:
+        functions: what to do for each command, by name; a parsed command line holds its own as
+            ``function``, and the command's parser as ``known``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments",
+        description="Compare continual-learning methods on Avalanche's benchmarks: the same "
+        "stream, model and protocol for all.",
+        epilog="`python -m experiments COMMAND --help` explains a command.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    compare = _command(
+        commands,
+        "compare",
+        functions["compare"],
+        "methods × seeds on one benchmark, and a table",
+        "Run every method with every seed, in parallel processes, and write a table and figures. "
+        "Finished runs are skipped, so the same command goes on after an interruption; a run that "
+        "fails is recorded and tried again next time.",
+        "compare",
+        "compare --benchmark split-mnist --scenario task --seeds 5",
+        "compare --methods classp ewc --set classp.lr=0.01 --set ewc.ewc_lambda=1000",
+    )
+    what = _what_to_run(compare)
+    what.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="default: all that `list` names"
+    )
+    what.add_argument(
+        "--seeds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="seeds 0 to N-1 for each method (default: 3)",
+    )
+    _settings(what, "METHOD.KEY=VALUE")
+    _jobs(_where(compare), "runs at a time")
+
+    run = _command(
+        commands,
+        "run",
+        functions["run"],
+        "one run",
+        "Train and evaluate one method with one seed, and write its result file.",
+        "run --method ewc --seed 3",
+        "run --set lr=0.01 --set power=2 --epochs 3",
+    )
+    what = _what_to_run(run)
+    what.add_argument("--method", default="classp", metavar="METHOD", help="default: classp")
+    what.add_argument("--seed", type=_natural, default=0, metavar="S", help="default: 0")
+    _settings(what, "KEY=VALUE")
+    _where(run)
+
+    search = _command(
+        commands,
+        "search",
+        functions["search"],
+        "settings, the same budget for every method",
+        "Choose every method's epochs and hyper-parameters on validation data cut from the "
+        "training data, with the same number of trials for each. The same command goes on after an "
+        "interruption.",
+        "search --scenario domain --trials 60",
+        "search --benchmark split-mnist --train-share 0.2 --methods classp ewc",
+    )
+    what = _what_to_run(search)
+    what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
+    what.add_argument(
+        "--trials",
+        type=_positive,
+        default=30,
+        metavar="N",
+        help="trials for each method (default: 30)",
+    )
+    what.add_argument(
+        "--tuning-seeds",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="seeds that each trial is run with (default: 2)",
+    )
+    what.add_argument(
+        "--train-share",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="train on this share of the training data (default: 1.0)",
+    )
+    where = _where(search)
+    _jobs(where, "methods at a time")
+    where.add_argument(
+        "--adopt",
+        action="store_true",
+        help="make the result this checkout's default settings (experiments/settings.json)",
+    )
+
+    report = _command(
+        commands,
+        "report",
+        functions["report"],
+        "tables and figures again, from result files alone",
+        "Read the result files that compare or run has left in a folder, and write its tables and "
+        "figures again.",
+        "report results/split-digits-class",
+    )
+    report.add_argument("folder", type=Path, help="a folder that compare or run has written")
+
+    _command(
+        commands,
+        "list",
+        functions["list"],
+        "benchmarks, scenarios, methods and models, each with one line",
+        "Name the benchmarks, scenarios, methods with their hyper-parameters, and models.",
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Any, summary: str, description: str, *examples: str
+) -> argparse.ArgumentParser:
+    lines = "".join(f"\n  python -m experiments {example}" for example in examples)
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 80),
+        epilog=f"examples:{lines}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(function=function, known=parser)
+    return parser
+
+
+def _what_to_run(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("what to run")
+    group.add_argument(
+        "--benchmark",
+        default="split-digits",
+        metavar="NAME",
+        help="default: split-digits, which needs no download",
+    )
+    group.add_argument(
+        "--scenario", metavar="NAME", help="default: class, or the benchmark's only one"
+    )
+    group.add_argument("--model", metavar="NAME", help="default: the benchmark's usual one")
+    group.add_argument(
+        "--experiences", type=_positive, metavar="N", help="default: the benchmark's usual number"
+    )
+    return group
+
+
+def _settings(group: Any, form: str) -> None:
+    group.add_argument(
+        "--epochs",
+        type=_epochs,
+        metavar="N[,N...]",
+        help="of each experience, the last number for all that follow (default: as searched, else "
+        "the benchmark's)",
+    )
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="default: likewise")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar=form,
+        dest="overrides",
+        help="a hyper-parameter; may be repeated",
+    )
+    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+
+def _where(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("where and how")
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where results go (default: results/BENCHMARK-SCENARIO)",
+    )
+    group.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="FOLDER",
+        help="where datasets lie or are downloaded to (default: ~/.avalanche/data)",
+    )
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file that holds these options; what is typed is above it",
+    )
+    return group
+
+
+def _jobs(group: Any, what: str) -> None:
+    group.add_argument(
+        "--jobs", type=_positive, metavar="N", help=f"{what} (default: one per core)"
+    )
+
+
+def _epochs(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(_positive(number) for number in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
+    return int(text)
