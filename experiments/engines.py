@@ -238,7 +238,7 @@ class RayEngine:
         try:
             return ray.get(task)
         except ray.exceptions.RayTaskError as error:
-            return run.failure(one_line(error.cause), str(error))
+            return run.failure(_first_line(error.cause), str(error))
         except ray.exceptions.RayError as error:
             if run.tries < self.TRIES:
                 return None
@@ -264,7 +264,8 @@ class RayEngine:
 
 def _first_line(error: BaseException) -> str:
     # Ray's messages go on for pages.
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _work_on_ray(work: Work, config: RunConfig, number: int, mailbox: Any) -> Result:

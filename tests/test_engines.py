@@ -60,7 +60,7 @@ def play(config, *, progress):
         case "exit":
             os._exit(3)
         case "raise":
-            raise RuntimeError("a mistake")
+            raise RuntimeError("a mistake\nwith details")
         case "nap":
             time.sleep(1)
         case "wait":
