@@ -239,10 +239,8 @@ def _scatter(axes: Axes, rows: Sequence[Row], key: str, title: str) -> None:
     for row, look in zip(rows, _looks(rows), strict=True):
         x, y = row[key], row["average_accuracy"]
         bars = np.nan_to_num([x[1], y[1]])  # of one seed there is no interval
-        thin = {"elinewidth": 1, "capsize": 2, "markeredgecolor": "white", "markeredgewidth": 0.5}
-        axes.errorbar(
-            x[0], y[0], xerr=bars[0] or None, yerr=bars[1], **look | thin | {"linestyle": "none"}
-        )
+        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(x[0], y[0], xerr=bars[0] or None, yerr=bars[1] or None, **look)
     axes.set_title(_with_intervals(title), loc="left", fontsize=11)
     axes.set_ylabel("average accuracy, %")
     axes.margins(y=0.12)

@@ -87,8 +87,8 @@ ACCURACIES = (
     Column(
         "backward_transfer",
         "backward %",
-        "backward transfer: what later training changed in the accuracy on earlier experiences, "
-        "below 0 where they were forgotten.",
+        "backward transfer: the same change with the other sign, below 0 where experiences were "
+        "forgotten.",
         _value("backward_transfer", 100),
         signed=True,
     ),
