@@ -223,6 +223,7 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     * ``n``: the number of seeds,
     * ``pairs``: how many of them the difference is over,
     * ``config``: the first run's,
+    * ``source``: where its epochs, batch size and hyper-parameters come from,
     * ``curve``: intervals of the mean accuracy on the experiences so far, after each of them, %,
     * ``matrix``: the mean accuracy matrix, %.
     """
@@ -238,6 +239,7 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "n": len(runs),
                 "pairs": len(differences),
                 "config": config,
+                "source": runs[0]["setting"],
                 **{column.key: _interval([column.read(run) for run in runs]) for column in COLUMNS},
                 "difference": _interval(differences),
                 "curve": [mean_interval(v) for v in zip(*map(_accuracy_so_far, runs), strict=True)],
@@ -359,7 +361,6 @@ def write_report(
     results: Sequence[Result],
     folder: Path,
     failures: Sequence[Result] = (),
-    notes: Sequence[str] = (),
 ) -> str:
     """Write ``table.md``, ``table.csv`` and the figures, and return the table as text.
 
@@ -367,7 +368,6 @@ def write_report(
         results: results of one benchmark and scenario, at least one, in any order.
         folder: where to.
         failures: failed runs beside them; they are listed under the table.
-        notes: lines to put under the title, such as how the settings were chosen.
 
     Raises:
         UserError: the folder cannot be written.
@@ -378,10 +378,11 @@ def write_report(
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
     failed = sorted(describe_failure(failure) for failure in failures)
     missing = _missing_seeds(rows, results)
+    sources = _sources(rows)
     commands = sorted({result.get("command", "") for result in results} - {""})
     parts = [
         f"# {title}",
-        *notes,
+        sources,
         *(f"Made by `{command}`." for command in commands),
         markdown_table(rows),
         "Time and memory:",
@@ -400,7 +401,28 @@ def write_report(
     for name, content in draw_figures(rows, title).items():
         write_atomically(folder / name, content)
     failed = [f"FAILED {line}" for line in failed]
-    return "\n".join([title, *notes, plain_table(rows), *failed, *missing])
+    return "\n".join([title, sources, plain_table(rows), *failed, *missing])
+
+
+_SOURCES = {
+    "searched": "searched on validation data",
+    "published": "from a paper",
+    "default": "defaults, not tuned",
+    "given": "given by the user",
+}
+
+
+def _sources(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the rows' settings come from, in a sentence."""
+    by_source = {
+        text: ", ".join(sorted(row["method"] for row in rows if row["source"] == source))
+        for source, text in _SOURCES.items()
+    }
+    used = {text: methods for text, methods in by_source.items() if methods}
+    if len(used) == 1:
+        return f"Settings: {next(iter(used))}, for all methods."
+    listed = "; ".join(f"{text}: {methods}" for text, methods in used.items())
+    return f"Settings, NOT of the same kind for all methods: {listed}."
 
 
 def _missing_seeds(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> list[str]:

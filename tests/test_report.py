@@ -60,6 +60,7 @@ def fake_result(method, seed, accuracy=0.5, config=None, **fields):
     return {
         "config": fake_config(method, seed, **(config or {})),
         "command": "python -m experiments compare",
+        "setting": "searched",
         "average_accuracy": accuracy,
         "forgetting": nothing,
         "backward_transfer": nothing,
@@ -586,14 +587,14 @@ def test_the_order_of_the_results_changes_no_digit_and_no_row():
 
 def test_the_page_says_what_a_reader_must_know(tmp_path, no_figures):
     results = random_results(["naive", "joint", "classp"], 5, 3)
-    notes = ["Settings: untuned defaults.", "A second note."]
-    text = write_report(results, tmp_path, [failure("ewc", 1)], notes)
+    text = write_report(results, tmp_path, [failure("ewc", 1)])
+    source = "Settings: searched on validation data, for all methods."
     page = (tmp_path / "table.md").read_text(encoding="utf-8")
     rows = table_rows(results)
     title, *lines = (line for line in page.splitlines() if line)
     assert title == "# split-digits, class-incremental"
-    assert lines[:2] == notes
-    assert lines[2] == "Made by `python -m experiments compare`."
+    assert lines[0] == source
+    assert lines[1] == "Made by `python -m experiments compare`."
     assert markdown_table(rows) in page
     assert "| method | n | train s/exp | eval s | memory B/param | peak MiB |" in page
     assert "**Failed:** ewc, seed 1: the training diverged" in page
@@ -608,9 +609,20 @@ def test_the_page_says_what_a_reader_must_know(tmp_path, no_figures):
         "All runs: experiences 5, model mlp, epochs 1, batch_size 32, device cpu. Settings:" in page
     )
     assert "same seeds" not in page + text
-    assert text.splitlines()[:3] == ["split-digits, class-incremental", *notes]
+    assert text.splitlines()[:2] == ["split-digits, class-incremental", source]
     assert plain_table(rows) in text
     assert "FAILED ewc, seed 1: the training diverged" in text
+
+
+def test_tuned_beside_untuned_is_said(tmp_path, no_figures):
+    sources = {"naive": "default", "ewc": "default", "classp": "searched", "mas": "given"}
+    text = write_report([fake_result(m, 0, setting=s) for m, s in sources.items()], tmp_path)
+    line = (
+        "Settings, NOT of the same kind for all methods: searched on validation data: classp; "
+        "defaults, not tuned: ewc, naive; given by the user: mas."
+    )
+    assert line in text
+    assert line in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
 def test_settings_that_differ_stand_by_their_method(tmp_path, no_figures):
