@@ -25,6 +25,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
+from avalanche_classp import in_memory
 from avalanche_classp.optimizer import NonFiniteGradientError
 from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import RunConfig
@@ -64,14 +65,16 @@ def run(
     device = find_device(config.device)
     spec = BENCHMARKS[config.benchmark]
     labels = spec.count_labels(config.scenario, config.experiences)
-    benchmark = make_benchmark(
-        config.benchmark,
-        config.scenario,
-        data_root,
-        experiences=config.experiences,
-        seed=config.seed,
-        validation=config.validation,
-        train_share=config.train_share,
+    benchmark = in_memory(
+        make_benchmark(
+            config.benchmark,
+            config.scenario,
+            data_root,
+            experiences=config.experiences,
+            seed=config.seed,
+            validation=config.validation,
+            train_share=config.train_share,
+        )
     )
     model = make_model(config.model, spec.shape, labels, config.scenario == "task")
     strategy = METHODS[config.method].build(
