@@ -1,25 +1,24 @@
-"""Many runs: in parallel processes, finished ones skipped, failures recorded."""
+"""Many runs: in parallel, finished ones skipped, failures recorded."""
 
 from __future__ import annotations
 
-import queue
+import sys
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from experiments.benchmarks import make_benchmark
 from experiments.config import RunConfig
+from experiments.engines import make_engine
 from experiments.errors import UserError, one_line
-from experiments.processes import CONTEXT, available_cores, make_pool, stop
 from experiments.resultfiles import Results, describe_failure
 from experiments.run import run
-
-_progress_queue: Any = None  # in a worker: where it reports finished experiences
 
 
 def run_all(
@@ -29,67 +28,51 @@ def run_all(
     jobs: int | None = None,
     steps: Callable[[RunConfig], int] = lambda config: 1,
     command: str = "",
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> list[dict[str, Any]]:
     """Do the runs that are not done yet and save each as it ends.
 
     A run that raises is saved as a failure and the others go on; it is tried again next time.
-    Ctrl-C, a kill and a lost process cost the unfinished runs alone.
+    Ctrl-C, a kill and a lost process or machine cost the unfinished runs alone.
 
     Args:
         configs: what to run.
         results: where finished runs are found and saved.
-        data_root: see :func:`experiments.benchmarks.make_benchmark`.
-        jobs: processes, each with one thread. Default: one for each core.
+        data_root: see :func:`experiments.benchmarks.make_benchmark`; the same on every machine.
+        jobs: runs at a time; for the default see the engine.
         steps: how often a run reports progress.
         command: saved with each result, to say what made it.
+        engine: where runs are done, see :func:`experiments.engines.make_engine`.
+        ray_address: see :class:`experiments.engines.RayEngine`.
 
     Returns:
         The failures, as ``{"config": ..., "error": ...}``.
 
     Raises:
-        UserError: the data is not there and cannot be downloaded, or results cannot be written.
+        UserError: the data is not there and cannot be downloaded, the engine cannot be used, or
+            results cannot be written.
     """
+    chosen = make_engine(engine, jobs, ray_address)
     done = {RunConfig.from_dict(r["config"]).key() for r in results.finished(configs)}
-    todo = [config for config in configs if config.key() not in done]
+    todo = [c for c in {c.key(): c for c in configs}.values() if c.key() not in done]
     if not todo:
         return []
+    if data_root is not None:
+        data_root = data_root.absolute()
     for config in {(c.benchmark, c.scenario): c for c in todo}.values():
         # Downloaded once, and not by each process.
         make_benchmark(config.benchmark, config.scenario, data_root)
-    reports = CONTEXT.Queue()
     failures = []
-    bar = tqdm(
-        total=sum(map(steps, todo)),
-        unit="exp",
-        desc=f"{len(todo)} runs" + (f", {len(done)} done before" if done else ""),
-    )
-    size = min(jobs or available_cores(), len(todo))
-    with bar, make_pool(size, _report_to, reports) as pool:
-        pending = {pool.submit(_run_in_worker, config, data_root): config for config in todo}
-        try:
-            while pending:
-                ended, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(_drain(reports))
-                for future in ended:
-                    result = _outcome(future, pending.pop(future)) | {"command": command}
-                    results.save(result)
-                    if "error" in result:
-                        failures.append(result)
-                        bar.write(f"FAILED {describe_failure(result)}")
-            bar.update(_drain(reports))
-        except BaseException:
-            stop(pool)
-            raise
+    work = partial(attempt, data_root=data_root)
+    with _Bar(configs, done, steps) as bar, closing(chosen.run(work, todo, bar.show)) as ended:
+        for config, result in ended:
+            results.save(result | {"command": command})
+            if "error" in result:
+                failures.append(result)
+                bar.write(f"FAILED {describe_failure(result)}")
+            bar.end(config)
     return failures
-
-
-def _report_to(reports: Any) -> None:
-    global _progress_queue
-    _progress_queue = reports
-
-
-def _run_in_worker(config: RunConfig, data_root: Path | None) -> dict[str, Any]:
-    return attempt(config, data_root, lambda: _progress_queue.put(1))
 
 
 def attempt(
@@ -108,18 +91,52 @@ def attempt(
         }
 
 
-def _outcome(future: Future[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        error = "a worker process was killed (out of memory?) while this run was waiting or running"
-        return {"config": config.as_dict(), "error": error}
+class _Bar:
+    """A progress bar over the steps of all runs, with the time that is left at the mean speed."""
 
+    def __init__(
+        self, configs: Sequence[RunConfig], done: set[str], steps: Callable[[RunConfig], int]
+    ) -> None:
+        self._all = {config.key(): steps(config) for config in configs}
+        self._now = {key: self._all[key] if key in done else 0 for key in self._all}
+        self._ended = set(done)
+        self._bar = tqdm(
+            total=sum(self._all.values()),
+            initial=sum(self._now.values()),
+            unit="exp",
+            smoothing=0,
+            desc=self._count(),
+        )
 
-def _drain(reports: Any) -> int:
-    count = 0
-    try:
-        while True:
-            count += reports.get_nowait()
-    except queue.Empty:
-        return count
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def show(self, config: RunConfig, steps: int) -> None:
+        """Show how many steps a run has done; less than before if it was begun again."""
+        key = config.key()
+        if key not in self._ended:  # a message may be late
+            self._bar.update(steps - self._now[key])
+            self._now[key] = steps
+
+    def end(self, config: RunConfig) -> None:
+        """Show that a run is over."""
+        key = config.key()
+        self.show(config, self._all[key])
+        self._ended.add(key)
+        self._bar.set_description_str(self._count(), refresh=False)
+        self._bar.set_postfix_str(f"last: {config.method}, seed {config.seed}")
+
+    def write(self, line: str) -> None:
+        """Write a line above the bar."""
+        self._bar.write(line, file=sys.stderr)
+
+    def _count(self) -> str:
+        return f"{len(self._ended)}/{len(self._all)} runs"
