@@ -92,6 +92,8 @@ def _compare(options: argparse.Namespace) -> int:
         options.jobs,
         count_steps,
         options.command_line,
+        options.engine,
+        options.ray_address,
     )
     finished = results.finished(configs)
     if finished:

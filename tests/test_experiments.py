@@ -462,6 +462,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
         ("run --model cnn", "model 'cnn' takes images of 1 or 3 channels"),
         ("run --experiences 3", "split-digits cannot have 3 experiences"),
         ("run --benchmark permuted-mnist --scenario task", "has no scenario 'task'"),
+        ("compare --ray-address 1.2.3.4:5", "--ray-address 1.2.3.4:5 is for --engine ray"),
         ("run --config none.toml", "cannot read --config none.toml: No such file or directory"),
         ("run --set lr", "--set lr: write KEY=VALUE"),
         ("run --set momentum=1", "classp has no hyper-parameter 'momentum'"),
@@ -498,6 +499,7 @@ def test_wrong_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
         "run --seed -1",
         "run --x 1",
         "run --epochs 1,0",
+        "compare --engine slurm",
     ],
 )
 def test_wrong_words_show_the_usage(words, capsys):
