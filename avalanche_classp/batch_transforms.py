@@ -220,7 +220,7 @@ def _random_crop(transform: Any, form: Form) -> tuple[Step, Form]:
         windows = padded.unfold(row, high, 1).unfold(column, wide, 1)
         windows = windows.movedim((row, column), (1, 2))
         cropped = windows[torch.arange(len(batch)), tops, lefts]
-        return cropped.movedim((-2, -1), (row, column)).contiguous()
+        return cropped.movedim((-2, -1), (row, column))
 
     shape = list(form.shape)
     shape[row - 1], shape[column - 1] = high, wide

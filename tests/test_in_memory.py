@@ -548,7 +548,7 @@ def test_twice_is_once(root):
 def test_avalanche_finds_no_ffcv(stock):
     dataset = in_memory(stock).train_stream[0].dataset
     assert not has_ffcv_support([dataset])
-    with pytest.raises(AttributeError, match="target_transform"):  # see _Rows
+    with pytest.raises(AttributeError, match="target_transform"):  # see Rows
         single_flat_dataset(dataset)
 
 
