@@ -161,8 +161,8 @@ def _work_in_process(work: Work, config: RunConfig, send: Callable[[Any], None])
 class RayEngine:
     """Tasks on a Ray cluster, each with one CPU.
 
-    This code travels to the cluster's machines by itself. What must be there: Python, Ray, torch
-    and Avalanche in versions that fit this machine's, and the dataset in the same folder as here.
+    This code travels to the cluster's machines by itself. What must be there: the same Python and
+    Ray as here, torch and Avalanche, and the dataset in the same folder as here.
 
     A run that is lost with its process or machine is tried again wherever there is room, three
     times at most. When this program ends, however it ends, its tasks end too.
@@ -230,8 +230,6 @@ class RayEngine:
                 else:
                     yield runs[number].config, result
         finally:
-            for task in running:
-                ray.cancel(task, force=True)
             # Ray complains of a call that is never answered.
             ray.wait([mailbox.put.remote(None), news], num_returns=2, timeout=2)
 

@@ -26,7 +26,7 @@ from experiments.errors import UserError
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
-PATIENCE = 180
+PATIENCE = 300
 """Seconds after which something that should happen will not; imports are slow on a busy machine."""
 
 
@@ -61,6 +61,8 @@ def play(config, *, progress):
             os._exit(3)
         case "raise":
             raise RuntimeError("a mistake")
+        case "nap":
+            time.sleep(1)
         case "wait":
             time.sleep(PATIENCE)
     progress()
@@ -70,7 +72,8 @@ def play(config, *, progress):
     code = Path(experiments.__file__).parent
     with open(Path(config.scenario) / f"{config.method}-{config.seed}", "a") as file:
         file.write(f"{os.getpid()} {time.monotonic()}\n")
-    return {"config": config.as_dict(), "threads": threads, "code": str(code)}
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"config": config.as_dict(), "threads": threads, "code": str(code), "gpu": gpu}
 
 
 def lines(config):
@@ -278,6 +281,7 @@ def ray_folder():
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a file in the home folder
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_gcs_server_port_wait_time_s", str(PATIENCE))
         patch.delenv("RAY_ADDRESS", raising=False)
         import ray
 
@@ -289,12 +293,14 @@ def ray_folder():
 
 @pytest.fixture(scope="module")
 def cluster(ray_folder):
-    """Two machines with one CPU each, as processes of this one."""
+    """Two machines with one CPU each, as processes of this one; Ray takes our word for a GPU."""
     from ray.cluster_utils import Cluster
 
     size = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=size)
-    cluster.add_node(**size)
+    cluster = Cluster()
+    for gpus in (0, 1):
+        cluster.add_node(wait=False, num_gpus=gpus, **size)
+    cluster.wait_for_nodes(timeout=PATIENCE)
     yield cluster
     cluster.shutdown()
 
@@ -324,9 +330,9 @@ def is_idle(cluster):
 
 
 def test_ray_gets_the_code_and_bears_runs_that_kill_their_process(cluster, ray_folder, tmp_path):
-    what = ["work", "die", "die once", "raise", "work"]
+    what = ["nap", "die", "die once", "raise", "nap"]
     configs = [config_of(name, tmp_path, seed) for seed, name in enumerate(what)]
-    results, progress = play_all(RayEngine(jobs=1, address=cluster.address), configs)
+    results, progress = play_all(RayEngine(address=cluster.address), configs)
     work, die, die_once, error, _ = results
     assert str(ray_folder) in work["code"]
     assert set(work["threads"].values()) == {"1"}
@@ -336,9 +342,27 @@ def test_ray_gets_the_code_and_bears_runs_that_kill_their_process(cluster, ray_f
     assert error["error"] == "RuntimeError: a mistake"
     assert "in play" in error["traceback"]
     assert progress[2].count(0) == 2  # begun again
-    # With one job, one after the other.
-    spans = sorted([when for _, when in lines(configs[i])] for i in (0, 4))
-    assert spans[0][1] < spans[1][0]
+
+
+def test_cuda_runs_share_a_gpu(cluster, tmp_path):
+    configs = [config_of("work", tmp_path, seed, device="cuda:0") for seed in range(2)]
+    results, _ = play_all(RayEngine(address=cluster.address), configs)
+    assert [result["gpu"] for result in results] == ["0", "0"]
+
+
+def test_a_cluster_without_what_is_needed_is_told_of(tmp_path, capsys):
+    config = config_of("work", tmp_path, device="cuda")
+    RayEngine(address="host:1")._warn_of_missing({"CPU": 4.0, "memory": 1.0}, [config])
+    assert capsys.readouterr().err == (
+        "the Ray cluster at host:1 has no GPU; the runs wait for one\n"
+    )
+
+
+def test_ray_does_no_more_runs_at_a_time_than_jobs(cluster, tmp_path):
+    configs = [config_of("nap", tmp_path, seed) for seed in range(3)]
+    play_all(RayEngine(jobs=1, address=cluster.address), configs)
+    times = [when for config in configs for _, when in lines(config)]
+    assert times == sorted(times)
 
 
 def test_ctrl_c_cancels_the_runs(cluster, tmp_path):
