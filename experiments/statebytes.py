@@ -29,7 +29,8 @@ def method_state_bytes(strategy: Any) -> int:
       transformed input + 8 for the label). Avalanche's buffer refers to the training data, which
       would have to be copied where the data itself is not kept.
 
-    The model's parameters, their gradients, its buffers, and the metrics are not counted.
+    The model's parameters, their gradients, its buffers, and the metrics are not counted. SI has
+    two arrays more on a GPU than on a CPU: weights and gradients that it copies to the CPU.
     """
     parameters = list(strategy.model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -37,18 +38,14 @@ def method_state_bytes(strategy: Any) -> int:
         tensor.untyped_storage().data_ptr()
         for tensor in (*parameters, *gradients, *strategy.model.buffers())
     }
-    seen = {id(strategy.model), id(strategy.evaluator)}
+    held = [strategy.optimizer.state, strategy.plugins]
     storages = {
         storage.data_ptr(): storage.nbytes()
-        for storage in (
-            tensor.untyped_storage()
-            for tensor in _tensors([strategy.optimizer.state, strategy.plugins], seen)
-        )
+        for storage in (tensor.untyped_storage() for tensor in _tensors(held, set()))
     }
+    tensors = sum(size for address, size in storages.items() if address not in own)
     buffers = [p.storage_policy.buffer for p in strategy.plugins if isinstance(p, ReplayPlugin)]
-    return sum(size for address, size in storages.items() if address not in own) + sum(
-        _samples_bytes(buffer) for buffer in buffers
-    )
+    return tensors + sum(_samples_bytes(buffer) for buffer in buffers)
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
