@@ -16,6 +16,7 @@ from avalanche_classp.optimizer import (
 )
 
 if TYPE_CHECKING:
+    from avalanche_classp.in_memory_data import in_memory
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
     from avalanche_classp.strategy import CLASSP
 
@@ -26,6 +27,7 @@ __all__ = [
     "CLASSPPlugin",
     "CLASSP_optimizer",
     "NonFiniteGradientError",
+    "in_memory",
 ]
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ _NEEDS_AVALANCHE = {
     "CLASSP": "strategy",
     "CLASSPPlugin": "plugin",
     "PAPER_PHASES": "plugin",
+    "in_memory": "in_memory_data",
 }
 
 

@@ -50,7 +50,20 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="seeds 0 to N-1 for each method (default: 3)",
     )
     _settings(what, "METHOD.KEY=VALUE")
-    _jobs(_where(compare), "runs at a time")
+    where = _where(compare)
+    _jobs(where, "runs at a time")
+    where.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="run in processes of this machine, or on a Ray cluster (default: local)",
+    )
+    where.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="HOST:PORT of the cluster (default: the environment variable RAY_ADDRESS; without it "
+        "Ray is started on this machine)",
+    )
 
     run = _command(
         commands,
@@ -209,7 +222,7 @@ def _where(parser: argparse.ArgumentParser) -> Any:
 
 def _jobs(group: Any, what: str) -> None:
     group.add_argument(
-        "--jobs", type=_positive, metavar="N", help=f"{what} (default: one per core)"
+        "--jobs", type=_positive, metavar="N", help=f"{what} (default: as many as cores)"
     )
 
 

@@ -92,11 +92,13 @@ def _compare(options: argparse.Namespace) -> int:
         options.jobs,
         count_steps,
         options.command_line,
+        options.engine,
+        options.ray_address,
     )
     finished = results.finished(configs)
     if finished:
         print(write_report(finished, results.folder, failures))
-        print(f"\ntable.md, table.csv, accuracy.png and runs/ are in {results.folder}")
+        print(f"\ntable.md, table.csv, the figures and runs/ are in {results.folder}")
     if failures:
         reasons = "; ".join(sorted({failure["error"] for failure in failures}))
         print(f"error: {len(failures)} of {len(configs)} runs failed: {reasons}", file=sys.stderr)

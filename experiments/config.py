@@ -107,10 +107,6 @@ class RunConfig:
         """Return a text that is equal for equal configs."""
         return json.dumps(self.as_dict(), sort_keys=True)
 
-    def setting(self) -> str:
-        """Return a text that is equal for configs that differ in the seed alone."""
-        return json.dumps({**self.as_dict(), "seed": None}, sort_keys=True)
-
 
 def _from_dict(values: dict[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)

@@ -4,36 +4,155 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from scipy import stats
 
-from experiments.config import RunConfig
+from experiments.figures import CAPTIONS, draw_figures
+from experiments.labels import wrap_label
 from experiments.resultfiles import describe_failure, write_atomically
-
-matplotlib.use("Agg")
 
 Result = Mapping[str, Any]
 Interval = tuple[float, float] | None
 """Mean and half the width of its 95 % confidence interval (NaN for a single value)."""
 
 REFERENCE = "classp"
-COLUMNS = {
-    "method": "method",
-    "n": "n",
-    "average_accuracy": "average accuracy %",
-    "difference": f"difference to {REFERENCE}, paired",
-    "forgetting": "forgetting %",
-    "seconds_per_experience": "time per experience s",
-    "state_bytes_per_parameter": "memory, bytes per parameter",
-}
-# A column's unit, as a factor on the results' values.
-_SCALES = {"average_accuracy": 100.0, "forgetting": 100.0, "difference": 100.0}
+_STREAM = ("benchmark", "scenario", "experiences", "model", "validation", "train_share")
+"""What two settings must have in common to be compared seed by seed."""
+_TITLE = ("benchmark", "scenario", "method")
+"""What is said elsewhere than among the settings."""
+_TERMINAL_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers.
+
+    Attributes:
+        key: its name in the rows and in CSV.
+        heading: its name in the other tables.
+        meaning: one sentence for the reader.
+        read: returns a result's value, None if the method has none.
+        digits: decimals shown; None: as many as the value's size asks for.
+        signed: show a plus.
+        in_summary: show it in the terminal and in the main Markdown table, where room is scarce.
+        spread: show the interval.
+    """
+
+    key: str
+    heading: str
+    meaning: str
+    read: Callable[[Result], float | None]
+    digits: int | None = 1
+    signed: bool = False
+    in_summary: bool = True
+    spread: bool = True
+
+
+def _value(key: str, factor: float = 1.0) -> Callable[[Result], float | None]:
+    return lambda result: None if result[key] is None else factor * result[key]
+
+
+def _eval_seconds(result: Result) -> float:
+    return float(np.mean(result["eval_seconds"]))
+
+
+ACCURACIES = (
+    Column(
+        "average_accuracy",
+        "accuracy %",
+        "accuracy on test data after the last experience, mean over all experiences.",
+        _value("average_accuracy", 100),
+    ),
+    Column(
+        "difference",
+        f"vs {REFERENCE}",
+        f"accuracy less that of {REFERENCE} with the same seed, in points.",
+        lambda result: None,  # needs another row's results
+        signed=True,
+    ),
+    Column(
+        "forgetting",
+        "forgetting %",
+        "accuracy on an experience right after training on it less the accuracy at the end, mean "
+        "over all experiences but the last.",
+        _value("forgetting", 100),
+    ),
+    Column(
+        "backward_transfer",
+        "backward %",
+        "backward transfer: the same change with the other sign, below 0 where experiences were "
+        "forgotten.",
+        _value("backward_transfer", 100),
+        signed=True,
+    ),
+    Column(
+        "forward_transfer",
+        "forward %",
+        "forward transfer: accuracy on an experience right before training on it less that of the "
+        "untrained model, mean over all experiences but the first.",
+        _value("forward_transfer", 100),
+        signed=True,
+    ),
+    Column(
+        "learning_accuracy",
+        "learning %",
+        "accuracy on an experience right after training on it, mean over all experiences.",
+        _value("learning_accuracy", 100),
+    ),
+)
+COSTS = (
+    Column(
+        "seconds_per_experience",
+        "train s/exp",
+        "seconds of training per experience, without evaluation; for joint all of it divided by "
+        "the number of experiences.",
+        _value("seconds_per_experience"),
+        digits=None,
+    ),
+    Column(
+        "eval_seconds",
+        "eval s",
+        "seconds to evaluate the whole test stream once.",
+        _eval_seconds,
+        digits=None,
+        in_summary=False,
+    ),
+    Column(
+        "state_bytes_per_parameter",
+        "memory B/param",
+        "bytes that the method keeps between experiences beside the model, for each of the "
+        "model's parameters.",
+        _value("state_bytes_per_parameter"),
+        spread=False,
+    ),
+    Column(
+        "peak_memory_mib",
+        "peak MiB",
+        "largest resident memory of the process, Python, torch and data included.",
+        _value("peak_memory_bytes", 2**-20),
+        digits=0,
+        in_summary=False,
+    ),
+    Column(
+        "peak_device_mib",
+        "device peak MiB",
+        "largest memory taken on the accelerator.",
+        _value("peak_device_bytes", 2**-20),
+        digits=0,
+        in_summary=False,
+    ),
+)
+COLUMNS = ACCURACIES + COSTS
+"""The numbers of a row, in the order of the tables."""
+SUMMARY = tuple(column for column in COLUMNS if column.in_summary)
+"""The columns for the terminal and the main Markdown table."""
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -55,115 +174,162 @@ def _by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
     The label is the method's name, with what differs where it has several settings.
     """
     settings: dict[str, list[Result]] = {}
-    for result in results:
-        settings.setdefault(RunConfig.from_dict(result["config"]).setting(), []).append(result)
-    groups: dict[str, list[Result]] = {}
-    for runs in settings.values():
-        config = runs[0]["config"]
-        method = config["method"]
-        siblings = [
-            _flat(other[0]["config"])
-            for other in settings.values()
-            if other[0]["config"]["method"] == method
-        ]
-        differing = [
-            f"{key} {_short(value)}"
-            for key, value in _flat(config).items()
-            if any(sibling.get(key) != value for sibling in siblings)
-        ]
-        groups[", ".join([method, *differing])] = runs
-    return groups
+    for result in sorted(results, key=lambda result: result["config"]["seed"]):
+        setting = json.dumps({**result["config"], "seed": None}, sort_keys=True)
+        settings.setdefault(setting, []).append(result)
+    runs = [settings[setting] for setting in sorted(settings)]
+    configs = [group[0]["config"] for group in runs]
+    labels = [_label(config, configs, _short) for config in configs]
+    if len(set(labels)) < len(labels):
+        labels = [_label(config, configs, str) for config in configs]
+    return dict(zip(labels, runs, strict=True))
+
+
+def _label(
+    config: Mapping[str, Any], others: Sequence[Mapping[str, Any]], show: Callable[[Any], str]
+) -> str:
+    """Return the method's name, with the values that its other settings do not have."""
+    siblings = [_flat(other) for other in others if other["method"] == config["method"]]
+    differing = [
+        f"{key} {show(value)}"
+        for key, value in _flat(config).items()
+        if any(str(sibling.get(key)) != str(value) for sibling in siblings)
+    ]
+    return ", ".join([config["method"], *differing])
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: value for key, value in config.items() if key not in ("seed", "hyper")}
-    return values | config["hyper"]
+    """Return what is worth telling of a config, the hyper-parameters among the rest."""
+    skip = {"seed", "hyper"}
+    if not config["validation"]:
+        skip |= {"validation", "train_share"}  # always all of it then
+    return {key: config[key] for key in config if key not in skip} | config["hyper"]
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):  # a value for each experience
+        return "/".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return a row for each setting (all of a config but the seed), best accuracy first.
 
-    Each row has ``method``, ``n``, ``setting`` and, for the other keys of :data:`COLUMNS`, an
-    :data:`Interval`: None where a method has no such value.
+    Each row has, for the keys of :data:`COLUMNS`, an :data:`Interval` in the column's unit (None
+    where a method has no such value), and
+
+    * ``method``: the method's name, with what differs where it has several settings,
+    * ``name``: the method's name alone,
+    * ``n``: the number of seeds,
+    * ``pairs``: how many of them the difference is over,
+    * ``config``: the first run's,
+    * ``source``: where its epochs, batch size and hyper-parameters come from,
+    * ``curve``: intervals of the mean accuracy on the experiences so far, after each of them, %,
+    * ``matrix``: the mean accuracy matrix, %.
     """
     groups = _by_setting(results)
-    references = [runs for runs in groups.values() if runs[0]["config"]["method"] == REFERENCE]
     rows = []
     for label, runs in groups.items():
-        row: dict[str, Any] = {
-            "method": label,
-            "n": len(runs),
-            "setting": _describe_setting(runs[0]["config"]),
-        }
-        for key in COLUMNS:
-            if key not in ("method", "n", "difference"):
-                values = [run[key] for run in runs]
-                row[key] = None if None in values else _scaled(key, mean_interval(values))
-        # With several settings of the reference, none is the one to compare with.
-        row["difference"] = None
-        if len(references) == 1 and references[0] is not runs:
-            row["difference"] = _paired_difference(runs, references[0])
-        rows.append(row)
+        config = runs[0]["config"]
+        differences = _differences(runs, list(groups.values()))
+        rows.append(
+            {
+                "method": label,
+                "name": config["method"],
+                "n": len(runs),
+                "pairs": len(differences),
+                "config": config,
+                "source": runs[0]["setting"],
+                **{column.key: _interval([column.read(run) for run in runs]) for column in COLUMNS},
+                "difference": _interval(differences),
+                "curve": [mean_interval(v) for v in zip(*map(_accuracy_so_far, runs), strict=True)],
+                "matrix": (100 * np.mean([run["accuracy_matrix"] for run in runs], 0)).tolist(),
+            }
+        )
     return sorted(rows, key=lambda row: -row["average_accuracy"][0])
 
 
-def _paired_difference(runs: Sequence[Result], reference: Sequence[Result]) -> Interval:
-    """Return the accuracy of ``runs`` less that of ``reference``, over the seeds of both."""
-    by_seed = {run["config"]["seed"]: run["average_accuracy"] for run in reference}
-    differences = [
-        run["average_accuracy"] - by_seed[run["config"]["seed"]]
+def _interval(values: Sequence[float | None]) -> Interval:
+    known = [value for value in values if value is not None]
+    return mean_interval(known) if known and len(known) == len(values) else None
+
+
+def _differences(runs: Sequence[Result], groups: Sequence[Sequence[Result]]) -> list[float]:
+    """Return the accuracy of ``runs`` less the reference's, for the seeds of both, %."""
+    config = runs[0]["config"]
+    references = [
+        others
+        for others in groups
+        if others[0]["config"]["method"] == REFERENCE
+        and all(others[0]["config"][key] == config[key] for key in _STREAM)
+    ]
+    # With several settings of the reference, none is the one to compare with.
+    if len(references) != 1 or references[0] is runs:
+        return []
+    by_seed = {run["config"]["seed"]: run["average_accuracy"] for run in references[0]}
+    return [
+        100 * (run["average_accuracy"] - by_seed[run["config"]["seed"]])
         for run in runs
         if run["config"]["seed"] in by_seed
     ]
-    return _scaled("difference", mean_interval(differences)) if differences else None
 
 
-def _scaled(key: str, interval: tuple[float, float]) -> tuple[float, float]:
-    scale = _SCALES.get(key, 1.0)
-    return interval[0] * scale, interval[1] * scale
+def _accuracy_so_far(result: Result) -> list[float]:
+    matrix = result["accuracy_matrix"]
+    if len(matrix) == 1:  # joint training has one value, after everything: a level to look up to
+        return [100 * result["average_accuracy"]] * len(matrix[0])
+    return [100 * float(np.mean(row[: i + 1])) for i, row in enumerate(matrix)]
 
 
-def _describe_setting(config: Mapping[str, Any]) -> str:
-    hyper = ", ".join(f"{key} {_short(value)}" for key, value in config["hyper"].items())
-    return f"{config['epochs']} epochs, batch {config['batch_size']}, {hyper}"
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| " + " | ".join(COLUMNS.values()) + " |",
-        "|" + "|".join("---" if key == "method" else "---:" for key in COLUMNS) + "|",
-    ]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(key, row[key]) for key in COLUMNS) + " |")
-    return "\n".join(lines)
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = SUMMARY) -> str:
+    """Return the rows as a Markdown table of these columns."""
+    cells = _cells(rows, columns)
+    rule = ["---", *["---:"] * (len(cells[0]) - 1)]
+    lines = [" | ".join(line) for line in [cells[0], rule, *cells[1:]]]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a table of aligned columns, for a terminal."""
-    cells = [list(COLUMNS.values())]
-    cells += [[_cell(key, row[key]) for key in COLUMNS] for row in rows]
-    # Long headings go on two lines.
-    head = [_two_lines(text) for text in cells[0]]
-    cells = [[h[0] for h in head], [h[1] for h in head], *cells[1:]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    """Return the rows as a table of aligned columns, for a terminal 120 characters wide."""
+    cells = _cells(rows, SUMMARY)
+    table = [list(line) for line in zip(*map(_two_lines, cells[0]), strict=True)] + cells[1:]
+    widths = [max(len(line[i]) for line in table) for i in range(len(cells[0]))]
+    # What the numbers leave is for the methods; long labels go on in further lines.
+    widths[0] = min(widths[0], max(12, _TERMINAL_WIDTH - sum(width + 2 for width in widths[1:])))
+    lines = []
+    for line in table:
+        first, *more = wrap_label(line[0], widths[0]) or [""]
+        numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines += ["  ".join([first.ljust(widths[0]), *numbers]).rstrip(), *more]
     lines.insert(2, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
 
+def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the headings and the rows as texts."""
+    body = [
+        [row["method"], str(row["n"]), *(_cell(column, row[column.key]) for column in columns)]
+        for row in rows
+    ]
+    return [["method", "n", *(column.heading for column in columns)], *body]
+
+
+def _cell(column: Column, value: Interval) -> str:
+    if value is None:
+        return "–"
+    mean, half = value
+    # Of seconds, about three digits: milliseconds below one, none above a hundred.
+    size = 3 if mean < 1 else 2 if mean < 10 else 1 if mean < 100 else 0
+    digits = size if column.digits is None else column.digits
+    sign = "+" if column.signed else ""
+    text = f"{mean:{sign}z.{digits}f}"
+    if not column.spread or math.isnan(half):
+        return text
+    return f"{text} ± {half:.{digits if half < 100 else 0}f}"
+
+
 def _two_lines(text: str) -> tuple[str, str]:
-    if len(text) < 12:
+    if len(text) <= 12:
         return "", text
     words = text.split()
     cut = min(
@@ -173,40 +339,33 @@ def _two_lines(text: str) -> tuple[str, str]:
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, str | int):
-        return str(value)
-    mean, half = value
-    digits = {"seconds_per_experience": 2}.get(key, 1)
-    sign = "+" if key == "difference" else ""
-    text = f"{mean:{sign}.{digits}f}"
-    if key == "state_bytes_per_parameter" or math.isnan(half):
-        return text
-    return f"{text} ± {half:.{digits}f}"
-
-
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as CSV: each interval in two columns, its half width with ``_ci95``."""
-    intervals = [key for key in COLUMNS if key not in ("method", "n")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["method", "n", *(name for key in intervals for name in (key, f"{key}_ci95")), "setting"]
-    )
+    names = [name for column in COLUMNS for name in (column.key, f"{column.key}_ci95")]
+    writer.writerow(["method", "n", *names, "pairs", "setting"])
     for row in rows:
-        numbers = [number for key in intervals for number in row[key] or ("", "")]
-        shown = [f"{x:.6g}" if isinstance(x, float) and not math.isnan(x) else "" for x in numbers]
-        writer.writerow([row["method"], row["n"], *shown, row["setting"]])
+        numbers = [x for column in COLUMNS for x in row[column.key] or (math.nan, math.nan)]
+        shown = ["" if math.isnan(x) else f"{x:.6g}" for x in numbers]
+        setting = _describe(_flat(row["config"]), _TITLE)
+        writer.writerow([row["method"], row["n"], *shown, row["pairs"] or "", setting])
     return out.getvalue()
 
 
-def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Result] = ()) -> str:
-    """Write ``table.md``, ``table.csv`` and ``accuracy.png`` and return the table as text.
+def _describe(values: Mapping[str, Any], skip: Sequence[str]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items() if key not in skip)
+
+
+def write_report(
+    results: Sequence[Result],
+    folder: Path,
+    failures: Sequence[Result] = (),
+) -> str:
+    """Write ``table.md``, ``table.csv`` and the figures, and return the table as text.
 
     Args:
-        results: results of one benchmark and scenario, at least one.
+        results: results of one benchmark and scenario, at least one, in any order.
         folder: where to.
         failures: failed runs beside them; they are listed under the table.
 
@@ -215,60 +374,75 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
     """
     rows = table_rows(results)
     config = results[0]["config"]
+    costs = [column for column in COSTS if any(row[column.key] for row in rows)]
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
-    failed = [describe_failure(failure) for failure in failures]
+    failed = sorted(describe_failure(failure) for failure in failures)
+    missing = _missing_seeds(rows, results)
+    sources = _sources(rows)
+    commands = sorted({result.get("command", "") for result in results} - {""})
     parts = [
         f"# {title}",
-        *(
-            f"Made by `{command}`."
-            for command in sorted({result.get("command", "") for result in results} - {""})
-        ),
+        sources,
+        *(f"Made by `{command}`." for command in commands),
         markdown_table(rows),
+        "Time and memory:",
+        markdown_table(rows, costs),
         *(f"**Failed:** {line}" for line in failed),
-        "Mean ± half the width of the 95 % confidence interval over n seeds, on test data. "
-        "Average accuracy: mean over all experiences after the last one. Forgetting: accuracy of "
-        "an experience right after training on it less the accuracy at the end, mean over all but "
-        "the last (Avalanche's StreamForgetting). Time: training alone, on one thread. Memory: "
-        "what the method keeps between experiences beside the model.",
-        "![average accuracy after each experience](accuracy.png)",
-        "Settings:",
-        "\n".join(f"* {row['method']}: {row['setting']}" for row in rows),
+        *(f"**{line}**" for line in missing),
+        "n: number of seeds, one run each. After ±: half the width of the 95 % confidence "
+        "interval (Student's t over the seeds); without it there is one seed, or the value does "
+        "not depend on the seed. –: the method has no such value, or there is nothing to compare.",
+        "\n".join(f"* {column.heading}: {column.meaning}" for column in [*ACCURACIES, *costs]),
+        *(f"![{caption}]({name})" for name, caption in CAPTIONS.items()),
+        _settings(rows),
     ]
     write_atomically(folder / "table.md", "\n\n".join(parts) + "\n")
     write_atomically(folder / "table.csv", csv_table(rows))
-    write_atomically(folder / "accuracy.png", _accuracy_figure(results, title))
-    return "\n".join([title, plain_table(rows), *(f"FAILED {line}" for line in failed)])
+    for name, content in draw_figures(rows, title).items():
+        write_atomically(folder / name, content)
+    failed = [f"FAILED {line}" for line in failed]
+    return "\n".join([title, sources, plain_table(rows), *failed, *missing])
 
 
-def _accuracy_figure(results: Sequence[Result], title: str) -> bytes:
-    """Draw the mean accuracy over the experiences seen so far, after each of them."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, runs in _by_setting(results).items():
-        curves = [_accuracy_so_far(run) for run in runs]
-        intervals = [mean_interval(column) for column in zip(*curves, strict=True)]
-        mean, half = 100 * np.array(intervals).T
-        x = np.arange(1, len(mean) + 1)
-        dashed = "--" if runs[0]["config"]["method"] == "joint" else "-"
-        (line,) = axes.plot(x, mean, dashed, marker="o", markersize=4, label=label)
-        axes.fill_between(x, mean - half, mean + half, alpha=0.2, color=line.get_color(), lw=0)
-    axes.set(
-        title=title,
-        xlabel="experiences trained",
-        ylabel="mean accuracy on the experiences so far, %",
-        xticks=x,
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    out = io.BytesIO()
-    figure.savefig(out, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return out.getvalue()
+_SOURCES = {
+    "searched": "searched on validation data",
+    "published": "from a paper",
+    "default": "defaults, not tuned",
+    "given": "given by the user",
+}
 
 
-def _accuracy_so_far(result: Result) -> list[float]:
-    matrix = result["accuracy_matrix"]
-    if len(matrix) == 1:  # joint training has one value, after everything: a level to look up to
-        return [result["average_accuracy"]] * len(matrix[0])
-    return [float(np.mean(row[: i + 1])) for i, row in enumerate(matrix)]
+def _sources(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the rows' settings come from, in a sentence."""
+    by_source = {
+        text: ", ".join(sorted(row["method"] for row in rows if row["source"] == source))
+        for source, text in _SOURCES.items()
+    }
+    used = {text: methods for text, methods in by_source.items() if methods}
+    if len(used) == 1:
+        return f"Settings: {next(iter(used))}, for all methods."
+    listed = "; ".join(f"{text}: {methods}" for text, methods in used.items())
+    return f"Settings, NOT of the same kind for all methods: {listed}."
+
+
+def _missing_seeds(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> list[str]:
+    """Return a sentence if the rows are not over the same seeds."""
+    seeds = len({result["config"]["seed"] for result in results})
+    fewer = [f"{row['method']} {row['n']} of {seeds}" for row in rows if row["n"] < seeds]
+    if not fewer:
+        return []
+    return [
+        f"Not all rows have the same seeds: {'; '.join(fewer)}. The others failed or were not run; "
+        f"a difference is over the seeds of both rows."
+    ]
+
+
+def _settings(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what all runs have in common, and each method's own values, as Markdown."""
+    first = rows[0]["config"]
+    same = [key for key in first if all(row["config"][key] == first[key] for row in rows)]
+    common = {key: value for key, value in _flat(first).items() if key in same}
+    own = [
+        f"* {row['method']}: {_describe(_flat(row['config']), [*_TITLE, *common])}" for row in rows
+    ]
+    return "\n".join([f"All runs: {_describe(common, _TITLE)}. Settings:", "", *own])

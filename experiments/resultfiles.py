@@ -21,6 +21,7 @@ _NUMBERS = (
     "forward_transfer",
     "learning_accuracy",
     "peak_memory_bytes",
+    "peak_device_bytes",
     "seconds_per_experience",
     "state_bytes_per_parameter",
 )
@@ -135,9 +136,14 @@ def _read(path: Path) -> dict[str, Any]:
             for key in _NUMBERS:
                 if not (isinstance(result[key], int | float) or result[key] is None):
                     raise ValueError(f"{key} is {result[key]!r}")
-            result["accuracy_matrix"][-1][0] + result["average_accuracy"]
+            (
+                result["accuracy_matrix"][-1][0]
+                + result["average_accuracy"]
+                + result["eval_seconds"][0]
+            )
+            result["setting"].strip()
         return result
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} is not a whole result file ({type(error).__name__}: {error}); move it away "
             f"to have the run done again"

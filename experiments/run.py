@@ -5,13 +5,12 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.core import BasePlugin
 from avalanche.evaluation.metrics import (
     MaxRAM,
     accuracy_metrics,
@@ -24,8 +23,9 @@ from avalanche.evaluation.metrics import (
 from avalanche.training import JointTraining
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
-from torch import Tensor, nn
+from torch import nn
 
+from avalanche_classp import in_memory
 from avalanche_classp.optimizer import NonFiniteGradientError
 from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import RunConfig
@@ -33,6 +33,7 @@ from experiments.errors import DivergedError, UserError
 from experiments.methods import METHODS
 from experiments.models import make_model
 from experiments.settings import source_of
+from experiments.statebytes import method_state_bytes
 
 EVAL_BATCH_SIZE = 512
 
@@ -64,14 +65,16 @@ def run(
     device = find_device(config.device)
     spec = BENCHMARKS[config.benchmark]
     labels = spec.count_labels(config.scenario, config.experiences)
-    benchmark = make_benchmark(
-        config.benchmark,
-        config.scenario,
-        data_root,
-        experiences=config.experiences,
-        seed=config.seed,
-        validation=config.validation,
-        train_share=config.train_share,
+    benchmark = in_memory(
+        make_benchmark(
+            config.benchmark,
+            config.scenario,
+            data_root,
+            experiences=config.experiences,
+            seed=config.seed,
+            validation=config.validation,
+            train_share=config.train_share,
+        )
     )
     model = make_model(config.model, spec.shape, labels, config.scenario == "task")
     strategy = METHODS[config.method].build(
@@ -126,16 +129,13 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Evaluate, then train experience by experience (joint training: all at once) and evaluate.
 
-    Returns what was measured before training (nothing for a validation run or joint training) and
-    after each experience.
+    Returns what was measured before training (nothing for a validation run) and after each
+    experience.
     """
     test = benchmark.test_stream
     stream = benchmark.train_stream
     parts = [stream] if isinstance(strategy, JointTraining) else list(stream)
-    steps: list[dict[str, Any]] = [{}]
-    # Joint training has no transfer to measure, and Avalanche gives its model the heads late.
-    if not config.validation and len(parts) > 1:
-        steps = [_read_metrics(strategy.eval(test), len(test))]
+    steps = [{} if config.validation else _read_metrics(strategy.eval(test), len(test))]
     for i, part in enumerate(parts):
         strategy.train_epochs = config.epochs_in(i)
         begin = time.perf_counter()
@@ -225,42 +225,3 @@ def _environment() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": "1",
     }
-
-
-def method_state_bytes(strategy: Any) -> int:
-    """Count the bytes that a method keeps between experiences, beside the model itself.
-
-    That is every tensor in the optimizer's state and every tensor that a plugin holds (saved
-    parameters, importances, former models), each storage once.
-    """
-    own = {p.untyped_storage().data_ptr() for p in strategy.model.parameters()}
-    own |= {b.untyped_storage().data_ptr() for b in strategy.model.buffers()}
-    # Metrics are not part of the method; a plugin's optimizer is the strategy's.
-    held = [p for p in strategy.plugins if p is not strategy.evaluator]
-    skip = {id(strategy.model), id(strategy.optimizer), id(strategy.evaluator)}
-    storages = {
-        s.data_ptr(): s.nbytes()
-        for root in (strategy.optimizer.state, *held)
-        for s in (t.untyped_storage() for t in _tensors(root, skip))
-    }
-    return sum(size for address, size in storages.items() if address not in own)
-
-
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        # The keys of an optimizer's state are the parameters themselves.
-        for item in value.values():
-            yield from _tensors(item, seen)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item, seen)
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-        yield from value.buffers()
-    elif isinstance(value, BasePlugin) or type(value).__module__.startswith("avalanche."):
-        yield from _tensors(vars(value), seen)

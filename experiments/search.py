@@ -29,10 +29,38 @@ FIRST_TUNING_SEED = 1000
 _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
+    "adam": lambda t: {"lr": _log(t, "lr", 1e-5, 0.1)},
     "ewc": lambda t: {
         "lr": _log(t, "lr", 1e-5, 1.0),
         "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
     },
+    "ewc-online": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
+        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
+    },
+    "si": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "si_lambda": _log(t, "si_lambda", 1e-3, 1e7),
+        "eps": _log(t, "eps", 1e-4, 1.0),
+    },
+    "mas": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "lambda_reg": _log(t, "lambda_reg", 1e-5, 1e5),
+        "alpha": t.suggest_float("alpha", 0.0, 1.0),
+    },
+    "lwf": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "alpha": _log(t, "alpha", 1e-2, 1e2),
+        "temperature": t.suggest_float("temperature", 1.0, 4.0),
+    },
+    "rwalk": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "ewc_lambda": _log(t, "ewc_lambda", 1e-5, 1e5),
+        "ewc_alpha": t.suggest_float("ewc_alpha", 0.1, 1.0),
+        "delta_t": t.suggest_int("delta_t", 1, 100, log=True),
+    },
+    "replay": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "joint": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "classp": lambda t: {
         "lr": _log(t, "lr", 1e-4, 0.3),
@@ -43,8 +71,10 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     },
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
-learning alone forgets less; λ spans ten orders of magnitude, because Avalanche's Fisher depends on
-the batch size; epsilon reaches down to where CLASSP with power 2 is AdaGrad."""
+learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
+importances depend on the batch size and the number of steps; distillation's spans four, around the
+weight of the loss itself; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
+size of the replay buffer is not searched: more is better."""
 
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)

@@ -6,20 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from avalanche.benchmarks.datasets import default_dataset_location
 
 from avalanche_classp import CLASSPOptimizer
+from experiments.arguments import make_parser
+from experiments.configfile import read_words
 from experiments.report import markdown_table, table_rows
 from experiments.resultfiles import Results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "experiments" / "results"
-COMPARISONS = sorted(RESULTS.glob("split-*"))
+COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/runs"))
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 def test_the_examples_run_as_printed(capsys):
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     names = {}
     exec(first, names)
@@ -30,6 +33,28 @@ def test_the_examples_run_as_printed(capsys):
     (group,) = names["strategy"].optimizer.param_groups
     assert isinstance(names["strategy"].optimizer, CLASSPOptimizer)
     assert (group["lr"], group["threshold"]) == (0.01, 1e-6)
+
+
+@pytest.mark.skipif(
+    not (Path(default_dataset_location("mnist")) / "MNIST" / "raw").is_dir(),
+    reason="MNIST is not in Avalanche's default folder",
+)
+def test_the_example_with_mnist_runs():
+    *_, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(third, names)
+    assert len(names["benchmark"].train_stream) == 5
+
+
+def test_the_config_file_of_the_readme_is_understood(tmp_path):
+    (content,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "permuted.toml"
+    path.write_text(content)
+    parser = make_parser(dict.fromkeys(("compare", "run", "search", "report", "list")))
+    words = ["compare", "--config", str(path), "--epochs", "2"]
+    options = parser.parse_args(read_words(path, words, parser.parse_args(words).known))
+    assert (options.benchmark, options.seeds, options.epochs) == ("permuted-mnist", 5, 2)
+    assert options.overrides == ["classp.lr=0.03", "classp.threshold=1e-06"]
 
 
 def test_the_update_rule_of_the_readme_is_the_optimizers():
@@ -52,7 +77,8 @@ def test_the_update_rule_of_the_readme_is_the_optimizers():
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
 def test_published_tables_follow_from_the_result_files(folder):
     results = Results(folder).load()
-    assert len({result["config"]["seed"] for result in results}) >= 5
+    searched = any(result["setting"] == "searched" for result in results)
+    assert len({result["config"]["seed"] for result in results}) >= (5 if searched else 2)
     assert not any(result["config"]["validation"] for result in results)
     table = markdown_table(table_rows(results))
     page = (folder / "table.md").read_text(encoding="utf-8")
@@ -69,8 +95,13 @@ def test_there_are_published_tables_and_the_readme_shows_the_first():
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
 def test_published_runs_use_the_settings_that_the_search_chose(folder):
     chosen = json.loads((ROOT / "experiments" / "settings.json").read_text())
-    for result in Results(folder).load():
+    results = Results(folder).load()
+    for result in results:
         config = result["config"]
+        if f"{config['benchmark']}/{config['scenario']}" not in chosen:
+            assert result["setting"] != "searched"
+            continue
+        assert result["setting"] == "searched"
         setting = chosen[f"{config['benchmark']}/{config['scenario']}"][config["method"]]
         assert setting["hyper"].items() <= config["hyper"].items()
         assert (setting["epochs"], setting["batch_size"]) == (
@@ -81,6 +112,6 @@ def test_published_runs_use_the_settings_that_the_search_chose(folder):
 
 def test_every_key_of_a_result_is_explained():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    path = next(RESULTS.glob("split-*/runs/*.json"))
+    path = next(RESULTS.glob("*/runs/*.json"))
     for key in json.loads(path.read_text(encoding="utf-8")):
         assert f"`{key}`" in text

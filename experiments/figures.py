@@ -1,0 +1,258 @@
+"""Figures of a table's rows, as the bytes of PNG files."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from experiments.labels import Point, place_labels, wrap_label
+
+Row = Mapping[str, Any]
+"""A row of :func:`experiments.report.table_rows`."""
+
+# Chosen by computation: under the common kinds of colour blindness as well (Machado et al. 2009,
+# full severity) any two of these twelve are at least 21 apart in CIELAB. The markers tell them
+# apart without colour.
+_STYLES = {
+    "naive": ("#a8a0b7", "o"),
+    "adagrad": ("#69599d", "s"),
+    "adam": ("#33a6f8", "D"),
+    "ewc": ("#2009dd", "^"),
+    "ewc-online": ("#5269fa", "v"),
+    "si": ("#8e1404", "<"),
+    "mas": ("#a8565c", ">"),
+    "lwf": ("#370c7d", "p"),
+    "rwalk": ("#75024b", "h"),
+    "replay": ("#cc9966", "P"),
+    "joint": ("#000000", "X"),
+    "classp": ("#d55e00", "*"),
+}
+_OTHER_STYLE = ("#737765", "d")
+_LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_DPI = 150
+_COLOURS = "cividis"
+_LEGEND_WIDTH = 26  # characters
+
+
+def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
+    """Draw all figures; the same rows give the same bytes.
+
+    Args:
+        rows: as :func:`experiments.report.table_rows` makes them, at least one.
+        title: stands over every figure, above what its numbers are the mean of.
+
+    Returns:
+        File names (those of :data:`CAPTIONS`) and the files' contents.
+    """
+    title = f"{title}\n{_seeds(rows)}"
+    with style.context("default"):  # whatever the user's matplotlibrc says
+        return {
+            "accuracy.png": _accuracy(rows, title),
+            "matrix.png": _matrices(rows, title),
+            "memory.png": _against_memory(rows, title),
+            "time.png": _against_time(rows, title),
+        }
+
+
+CAPTIONS = {
+    "accuracy.png": "mean accuracy on the experiences so far, after each experience",
+    "matrix.png": "mean accuracy on every experience after every experience",
+    "memory.png": "average accuracy against the memory of the method",
+    "time.png": "average accuracy against training time",
+}
+"""What each figure shows."""
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    least, most = min(row["n"] for row in rows), max(row["n"] for row in rows)
+    if most == 1:
+        return "one seed"
+    return "mean over " + (f"{most} seeds" if least == most else f"{least} to {most} seeds")
+
+
+def _with_intervals(title: str) -> str:
+    return title if title.endswith("one seed") else f"{title}, with 95 % interval"
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return each row's colour, marker and line; further settings of a method differ in the line.
+
+    CLASSP lies on top of the others.
+    """
+    seen: Counter[str] = Counter()
+    looks = []
+    for row in rows:
+        name = row["name"]
+        colour, marker = _STYLES.get(name, _OTHER_STYLE)
+        ours = name == "classp"
+        looks.append(
+            {
+                "color": colour,
+                "marker": marker,
+                "markersize": 10 if ours else 7,
+                "linestyle": _LINES[seen[colour] % len(_LINES)],
+                "linewidth": 2.8 if ours else 1.4,
+                "zorder": 4 if ours else 3,
+            }
+        )
+        seen[colour] += 1
+    return looks
+
+
+def _accuracy(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the mean accuracy over the experiences seen so far, after each of them."""
+    figure = _new_figure(9, max(4.8, 0.3 * len(rows) + 1.2))
+    axes = figure.subplots()
+    for row, look in zip(rows, _looks(rows), strict=True):
+        mean, half = np.array(row["curve"]).T
+        x = np.arange(1, len(mean) + 1)
+        if row["name"] == "joint":  # a level to look up to, measured at the end alone
+            look |= {"linestyle": "--", "marker": "" if len(x) > 1 else look["marker"]}
+        axes.plot(x, mean, label="\n".join(wrap_label(row["method"], _LEGEND_WIDTH)), **look)
+        band = {"color": look["color"], "zorder": look["zorder"] - 2}
+        axes.fill_between(x, mean - half, mean + half, alpha=0.1, lw=0, **band)
+    axes.set(
+        xlabel="experiences trained",
+        ylabel="mean accuracy on the experiences so far, %",
+    )
+    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
+    longest = max(len(row["curve"]) for row in rows)
+    axes.set_xticks([i + 1 for i in _ticks(longest)])
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+    figure.legend(loc="outside right upper", handlelength=3.2, fontsize=9)
+    return _png(figure)
+
+
+def _limit_accuracy(axes: Axes) -> None:
+    """Cut what an interval has below 0 % and above 100 %."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))
+
+
+def _matrices(rows: Sequence[Row], title: str) -> bytes:
+    """Draw every setting's mean accuracy matrix, on one scale of colours."""
+    count = len(rows)
+    lines = -(-count // 4)
+    columns = -(-count // lines)
+    cells = max(len(row["matrix"][0]) for row in rows)
+    side = {1: 1.4, 2: 1.4}.get(cells, 2.2 if cells < 8 else 2.7)
+    figure = _new_figure(max(columns * side + 1.4, 5), lines * (side + 0.35) + 0.9)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, row in zip(grid.flat, rows, strict=False):
+        image = _matrix(axes, np.array(row["matrix"]))
+        axes.set_title("\n".join(wrap_label(row["method"], round(side * 9))), fontsize=9)
+    for axes in list(grid.flat)[count:]:
+        axes.axis("off")
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel("on experience j", fontsize=10)
+    figure.supylabel("after training on experience i", fontsize=10)
+    figure.colorbar(image, ax=grid, label="accuracy, %", aspect=30, pad=0.02)
+    return _png(figure)
+
+
+def _matrix(axes: Axes, matrix: np.ndarray) -> Any:
+    image = axes.imshow(matrix, cmap=_COLOURS, vmin=0, vmax=100)
+    height, width = matrix.shape
+    axes.set_xticks(_ticks(width), [str(i + 1) for i in _ticks(width)], fontsize=7)
+    if height == 1 < width:  # joint training has one row, after everything
+        axes.set_yticks([0], ["all"], fontsize=7)
+    else:
+        axes.set_yticks(_ticks(height), [str(i + 1) for i in _ticks(height)], fontsize=7)
+    axes.tick_params(length=2)
+    if width <= 10:
+        colours = colormaps[_COLOURS]
+        for (i, j), value in np.ndenumerate(matrix):
+            dark = sum(colours(value / 100)[:3]) < 1.5
+            text: dict[str, Any] = {
+                "color": "white" if dark else "black",
+                "fontsize": 9 if width < 8 else 6.5,
+            }
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", **text)
+    return image
+
+
+def _ticks(count: int) -> list[int]:
+    return [i for i in range(count) if count <= 10 or i == 0 or (i + 1) % 5 == 0]
+
+
+def _against_memory(rows: Sequence[Row], title: str) -> bytes:
+    figure = _new_figure(8, 5.2)
+    axes = figure.subplots()
+    _scatter(axes, rows, "state_bytes_per_parameter", title)
+    values = [row["state_bytes_per_parameter"][0] for row in rows]
+    # Powers of two, but linear from 0 to the smallest of them: several methods keep nothing.
+    least = min((value for value in values if value >= 1), default=1.0)
+    first = int(np.floor(np.log2(least)))
+    last = int(np.ceil(np.log2(max(*values, 2.0**first, 1))))
+    axes.set_xscale("symlog", base=2, linthresh=2.0**first)
+    axes.set_xlim(-0.4 * 2.0**first, 2.0**last * 1.6)
+    step = -(-(last - first + 1) // 9)
+    axes.set_xticks([0, *(2.0**i for i in range(first, last + 1, step))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("memory of the method beside the model, bytes per parameter")
+    _label(axes, rows, "state_bytes_per_parameter")
+    return _png(figure)
+
+
+def _against_time(rows: Sequence[Row], title: str) -> bytes:
+    figure = _new_figure(8, 5.2)
+    axes = figure.subplots()
+    _scatter(axes, rows, "seconds_per_experience", title)
+    values = [row["seconds_per_experience"][0] for row in rows]
+    decades = np.log10(max(values) / min(values))
+    subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    axes.set_xscale("log", nonpositive="clip")
+    axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlabel("training time per experience, s")
+    _label(axes, rows, "seconds_per_experience")
+    return _png(figure)
+
+
+def _scatter(axes: Axes, rows: Sequence[Row], key: str, title: str) -> None:
+    """Draw each row's accuracy against the key's value, both with their intervals."""
+    for row, look in zip(rows, _looks(rows), strict=True):
+        x, y = row[key], row["average_accuracy"]
+        bars = np.nan_to_num([x[1], y[1]])  # of one seed there is no interval
+        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(x[0], y[0], xerr=bars[0] or None, yerr=bars[1] or None, **look)
+    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
+    axes.set_ylabel("average accuracy, %")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+
+
+def _label(axes: Axes, rows: Sequence[Row], key: str) -> None:
+    """Write the methods' names beside their points, none over another."""
+    points = []
+    for row, look in zip(rows, _looks(rows), strict=True):
+        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
+        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
+        points.append(Point(text, x, y, dx, dy, look["color"]))
+    place_labels(axes, points)

@@ -1,0 +1,283 @@
+"""What the in-memory data path gains, and what CLASSP costs on it: python -m experiments.speed.
+
+Everything is measured in one process on one machine, in turn (stock, in memory, stock, …), so that
+what disturbs the machine disturbs both. Ratios are taken within a pair and reported as their
+median, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.training import EWC, Naive
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin
+from torch import nn
+
+from avalanche_classp import CLASSP, in_memory
+from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.models import make_model
+
+TRAIN_BATCH, EVAL_BATCH = 128, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark with a model, on Avalanche's data path and on the in-memory one.
+
+    Attributes:
+        model: name of the model.
+        experiences: number of experiences, with ``--quick`` and without.
+        target: how many times faster the in-memory path is to be.
+    """
+
+    model: str
+    experiences: tuple[int, int]
+    target: float
+
+
+CASES = {
+    "split-mnist": Case("mlp-400", (5, 5), 4.0),
+    "permuted-mnist": Case("mlp-256", (1, 3), 4.0),
+    "split-cifar10": Case("cnn", (5, 5), 1.5),
+}
+
+
+@dataclass
+class Seconds:
+    """What a run took, and the weights that it ended with."""
+
+    train: list[float]
+    evaluation: float
+    weights: list[torch.Tensor]
+
+    @property
+    def total(self) -> float:
+        """Seconds of training and evaluation."""
+        return sum(self.train) + self.evaluation
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for and print it."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.speed", description=__doc__)
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join((*CASES, 'classp'))}; default all"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one pair, fewer experiences")
+    parser.add_argument("--data-root", type=Path, help="folder of the datasets")
+    options = parser.parse_args(arguments)
+    unknown = set(options.cases) - {*CASES, "classp"}
+    if unknown or options.pairs < 1 or options.threads < 1:
+        parser.error(f"{sorted(unknown) or 'a number below 1'} is not possible")
+    torch.set_num_threads(options.threads)
+    pairs = 1 if options.quick else options.pairs
+    _print_machine(options.threads)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        for name in options.cases or [*CASES, "classp"]:
+            if name == "classp":
+                measure_classp(pairs, options.data_root)
+            else:
+                case = CASES[name]
+                measure_loading(
+                    name, case, case.experiences[not options.quick], pairs, options.data_root
+                )
+
+
+def measure_loading(
+    name: str, case: Case, experiences: int, pairs: int, data_root: Path | None
+) -> None:
+    """Compare plain SGD, training and evaluation after each experience, on both data paths."""
+    stock = _benchmark(name, experiences, data_root)
+    turns: list[tuple[Seconds, Seconds]] = []
+    for _ in range(pairs):
+        slow = _run(_naive, stock, case.model, name)
+        began = time.perf_counter()
+        fast_benchmark = in_memory(stock)
+        preparation = time.perf_counter() - began
+        fast = _run(_naive, fast_benchmark, case.model, name)
+        fast.train[0] += preparation
+        turns.append((slow, fast))
+    same = all(
+        torch.equal(a, b)
+        for slow, fast in turns
+        for a, b in zip(slow.weights, fast.weights, strict=True)
+    )
+    print(f"\n{name}, {case.model}, {experiences} experiences, same weights: {same}")
+    _print_ratio("train and eval", turns, lambda run: run.total, f"target {case.target}")
+    _print_ratio("train", turns, lambda run: sum(run.train))
+    _print_ratio("eval", turns, lambda run: run.evaluation)
+    _print_shares(case.model, name, stock, turns)
+
+
+def measure_classp(pairs: int, data_root: Path | None) -> None:
+    """Compare CLASSP with naive SGD and with EWC, all on the in-memory path."""
+    benchmark = in_memory(_benchmark("split-mnist", 5, data_root))
+    turns = [
+        tuple(_run(make, benchmark, "mlp-400", "split-mnist") for make in (_naive, _classp, _ewc))
+        for _ in range(pairs)
+    ]
+    print("\nsplit-mnist, mlp-400, seconds of training in memory, one epoch per experience")
+    naive = [(run[0], run[1]) for run in turns]
+    ewc = [(run[2], run[1]) for run in turns]
+    _print_ratio("naive / CLASSP", naive, lambda run: sum(run.train), "target 0.952 (1 / 1.05)")
+    _print_ratio(
+        "EWC / CLASSP, from the second experience on",
+        ewc,
+        lambda run: sum(run.train[1:]),
+        "target 1",
+    )
+
+
+def _benchmark(name: str, experiences: int, data_root: Path | None) -> Any:
+    scenario = BENCHMARKS[name].scenarios[0]
+    return make_benchmark(name, scenario, data_root, experiences=experiences)
+
+
+def _model(model: str, name: str) -> nn.Module:
+    spec = BENCHMARKS[name]
+    RNGManager.set_random_seeds(0)
+    return make_model(model, spec.shape, spec.classes, multi_head=False)
+
+
+def _naive(model: nn.Module, **options: Any) -> Any:
+    return Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), **options)
+
+
+def _ewc(model: nn.Module, **options: Any) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return EWC(model=model, optimizer=optimizer, ewc_lambda=1.0, **options)
+
+
+def _classp(model: nn.Module, **options: Any) -> Any:
+    return CLASSP(model=model, lr=0.001, **options)
+
+
+def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str) -> Seconds:
+    strategy = make(
+        _model(model, name),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=TRAIN_BATCH,
+        eval_mb_size=EVAL_BATCH,
+        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]),
+    )
+    result = Seconds([], 0.0, [])
+    for experience in benchmark.train_stream:
+        began = time.perf_counter()
+        strategy.train(experience, eval_streams=[])
+        trained = time.perf_counter()
+        strategy.eval(benchmark.test_stream)
+        result.train.append(trained - began)
+        result.evaluation += time.perf_counter() - trained
+    result.weights = [p.detach().clone() for p in strategy.model.parameters()]
+    return result
+
+
+def _print_machine(threads: int) -> None:
+    packages = ("torch", "torchvision", "avalanche-lib", "numpy")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    print(f"{_processor()}, {threads} thread(s); Python {platform.python_version()}, {versions}")
+    print(f"mini-batches of {TRAIN_BATCH} in training and {EVAL_BATCH} in evaluation")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.machine()
+
+
+def _print_ratio(
+    what: str,
+    turns: Sequence[tuple[Seconds, Seconds]],
+    seconds: Callable[[Seconds], float],
+    target: str = "",
+) -> None:
+    first, second = ([seconds(turn[i]) for turn in turns] for i in (0, 1))
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    print(
+        f"  {what}: {median(ratios):.2f} times [{min(ratios):.2f} to {max(ratios):.2f}], "
+        f"n = {len(ratios)}; {median(first):.2f} s against {median(second):.2f} s"
+        + (f"; {target}" if target else "")
+    )
+
+
+def _print_shares(
+    model: str, name: str, stock: Any, turns: Sequence[tuple[Seconds, Seconds]]
+) -> None:
+    """Say what the in-memory time is made of, and what a loader of no cost would give."""
+    benchmark = in_memory(stock)
+    loading = _loading_seconds(benchmark)
+    network = _network_seconds(_model(model, name), benchmark)
+    total = median(fast.total for _, fast in turns)
+    rest = total - loading - network
+    print(
+        f"  in memory: the network {network:.2f} s, loading {loading:.2f} s, the rest of "
+        f"Avalanche's loop and metrics {rest:.2f} s; without any loading it would be "
+        f"{median(slow.total for slow, _ in turns) / (total - loading):.2f} times"
+    )
+
+
+def _loaders(benchmark: Any) -> tuple[list[Any], list[Any]]:
+    """Return the loaders of all training and of all test experiences, as Avalanche makes them."""
+    train = [
+        TaskBalancedDataLoader(
+            experience.dataset.train(),
+            batch_size=TRAIN_BATCH,
+            shuffle=True,
+            oversample_small_groups=True,
+        )
+        for experience in benchmark.train_stream
+    ]
+    test = [
+        TaskBalancedDataLoader(experience.dataset.eval(), batch_size=EVAL_BATCH)
+        for experience in benchmark.test_stream
+    ]
+    return train, test
+
+
+def _loading_seconds(benchmark: Any) -> float:
+    """Return what all training once, and all test experiences after each, take to load."""
+    began = time.perf_counter()
+    train, test = _loaders(benchmark)
+    for loader in train + test * len(train):
+        for _ in loader:
+            pass
+    return time.perf_counter() - began
+
+
+def _network_seconds(model: nn.Module, benchmark: Any) -> float:
+    """Return what the network and SGD take for the same mini-batches, without Avalanche."""
+    train, test = (
+        [batch for loader in loaders for batch in loader] for loaders in _loaders(benchmark)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    began = time.perf_counter()
+    for x, y, _ in train:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for x, _, _ in test * len(benchmark.train_stream):
+            model(x)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
