@@ -205,7 +205,8 @@ def _config(
     from experiments.settings import make_config, require_known
 
     _benchmark(options)
-    find_device(options.device)
+    if getattr(options, "engine", "local") == "local":  # a cluster may have what is not here
+        find_device(options.device)
     known = METHODS[_known("method", method)].defaults
     require_known(method, overrides)
     return make_config(

@@ -57,7 +57,7 @@ def run(
 
     Raises:
         UserError: the data or the device is missing.
-        DivergedError: CLASSP's gradients became non-finite.
+        DivergedError: the weights, or CLASSP's gradients, became non-finite.
     """
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
@@ -142,12 +142,20 @@ def _train(
         strategy.train(part, eval_streams=[])
         # Avalanche times epochs, which leaves out what EWC does after the last one.
         seconds = time.perf_counter() - begin
+        _require_finite(strategy.model)
         step = {"train_seconds": seconds, "state_bytes": method_state_bytes(strategy)}
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
         steps.append(step)
         progress()
     return steps
+
+
+def _require_finite(model: nn.Module) -> None:
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise DivergedError(
+            "the training diverged: the weights are no longer finite; try a lower lr"
+        )
 
 
 def _accuracies(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
