@@ -204,7 +204,7 @@ def _random_crop(transform: Any, form: Form) -> tuple[Step, Form]:
     constant = transform.padding_mode == "constant" and fits
     high, wide = transform.size
     rows, columns = height + top + bottom - high + 1, width + left + right - wide + 1
-    if not constant or transform.pad_if_needed or min(left, top, right, bottom) < 0:
+    if not constant or min(left, top, right, bottom) < 0:
         raise NotBatchableError("only a constant padding with a whole number is known")
     if rows < 1 or columns < 1:
         raise NotBatchableError(f"the crop is larger than the samples of shape {form.shape}")
