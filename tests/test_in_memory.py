@@ -31,6 +31,7 @@ from avalanche.benchmarks import (
 from avalanche.benchmarks.classic import PermutedMNIST, SplitCIFAR10, SplitFMNIST, SplitMNIST
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+from avalanche.benchmarks.utils.classification_dataset import lookup
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.data_loader import (
     GroupBalancedDataLoader,
@@ -201,10 +202,12 @@ def several_tasks(root):
 
 def nested(root):
     """Return a benchmark with a concatenation in a concatenation, in no order."""
-    parts = [experience.dataset for experience in plain_tensors(root).train_stream]
-    inner = parts[0].concat(parts[1]).subset([9, 20, 3, 17, 4, 5])
+    tensors = [some_tensors(size, size) for size in (18, 19, 20)]
+    benchmark = tensors_benchmark(tensors, tensors, task_labels=[0, 1, 2])
+    parts = [experience.dataset for experience in benchmark.train_stream]
+    inner = parts[0].concat(parts[1]).subset([9, 20, 3, 18, 36, 5])
     inner = type(inner)([inner], transform_groups=TransformGroups({"train": doubled, "eval": None}))
-    whole = parts[2].concat(inner).subset([16, 3, 20, 17, 2, 18, 18])
+    whole = parts[2].concat(inner).subset([16, 3, 22, 20, 25, 2, 23, 23])
     return with_task_labels(benchmark_from_datasets(train=[whole.concat(parts[0])]))
 
 
@@ -775,6 +778,8 @@ def with_transforms(root, train, evaluated=None):
         transforms.Compose([transforms.RandomCrop(28, padding=2, padding_mode="reflect")]),
         transforms.Compose([transforms.RandomCrop(28, padding=2), transforms.CenterCrop(20)]),
         transforms.RandomCrop(30, pad_if_needed=True),
+        transforms.RandomCrop(20, padding=-2),
+        transforms.Normalize((0.1,), (0.2,), inplace=True),
     ],
 )
 def test_an_unknown_transform_is_applied_each_time(unknown, root, monkeypatch):
@@ -820,7 +825,7 @@ def test_a_vouched_transform_is_applied_once_to_each_sample(root, monkeypatch):
         assert_same_loading(LOADERS["training"], one, other)
 
 
-def test_a_vouched_target_transform_is_applied_once(root):
+def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
     mapping = {y: 9 - y for y in range(10)}
     dataset = FashionMNIST(root / "fashionmnist", train=True, target_transform=mapping.get)
     dataset.targets = 9 - dataset.targets
@@ -831,6 +836,8 @@ def test_a_vouched_target_transform_is_applied_once(root):
         in_memory(stock)
     fast = in_memory(stock, deterministic=True)
     for one, other in pairs_of_datasets(stock, fast):
+        with never_one_by_one(monkeypatch):
+            loaded(LOADERS["training"], other.train())
         assert_same_loading(LOADERS["training"], one.train(), other.train())
 
 
@@ -905,6 +912,55 @@ def test_an_unknown_kind_of_image_is_left_alone():
         assert_same_loading(LOADERS["training"], one.train(), other.train())
 
 
+@pytest.mark.parametrize(
+    "crop",
+    [
+        transforms.RandomCrop(28, padding=1, fill=300),
+        transforms.RandomCrop(28, padding=1, fill=(7,)),
+        transforms.Compose([transforms.ToTensor(), transforms.ToTensor()]),
+        transforms.Compose([transforms.Normalize((0.1,), (0.2,))]),
+    ],
+)
+def test_what_torchvision_may_refuse_is_left_to_it(crop, root):
+    chain = transforms.Compose([crop, transforms.ToTensor()])
+    dataset = FashionMNIST(root / "fashionmnist")
+    stock = nc_benchmark(
+        dataset, dataset, 5, False, seed=1, train_transform=chain, eval_transform=None
+    )
+    with pytest.warns(UserWarning, match="in_memory"):
+        fast = in_memory(stock)
+    outcomes = []
+    for one in (stock, fast):
+        try:
+            outcomes.append(loaded(LOADERS["training"], one.train_stream[0].dataset))
+        except (TypeError, ValueError) as error:
+            outcomes.append(str(error))
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        assert_same_batches(outcomes[0][0], outcomes[1][0])
+
+
+def test_unusual_arrays_are_loaded_one_by_one(root):
+    four_channels = CIFAR10(root / "cifar10")
+    four_channels.data = four_channels.data[..., [0, 1, 2, 0]]
+    parts = [some_tensors(8)[0], torch.arange(8) % 2]
+    floats = [(parts[0], parts[1] / 2)]
+    halves = tensors_benchmark(floats, floats, task_labels=[0]).train_stream[0].dataset
+    mapped = AvalancheDataset(
+        [TensorDataset(*parts)],
+        transform_groups=TransformGroups({"train": (None, partial(lookup, {0: 3, 1: 2}))}),
+    )
+    to_tensor = TransformGroups({"train": transforms.ToTensor()})
+    image = AvalancheDataset([four_channels], transform_groups=to_tensor)
+    for dataset in (image, halves, mapped):
+        stock = benchmark_from_datasets(train=[dataset])
+        with pytest.warns(UserWarning, match="in_memory"):
+            fast = in_memory(stock)
+        for one, other in pairs_of_datasets(stock, fast):
+            assert_same_loading(LOADERS["in order"], one, other)
+
+
 class Reversed(Subset):
     """A subset that torch's class does not describe."""
 
@@ -930,9 +986,14 @@ def both_flipped(x, y):
     return x.flip(0), 5 - y
 
 
+FLIPPED = {
+    "train": (None, transforms.RandomHorizontalFlip()),
+    "eval": (None, partial(lookup, {0.0: 1.0})),
+}
+
 PAIRS = {
     "together": ({"train": MultiParamTransformCallable(both_flipped), "eval": None}, "together"),
-    "random targets": ({"train": (None, transforms.RandomHorizontalFlip())}, "is random"),
+    "random targets": (FLIPPED, "is random"),
 }
 
 
