@@ -136,6 +136,11 @@ def is_deterministic(transform: Any) -> bool:
     return known or type(transform) in _DETERMINISTIC
 
 
+def is_whole(dtype: torch.dtype) -> bool:
+    """Tell whether it is a type of whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def is_torchvisions_own(transform: Any) -> bool:
     """Tell whether torchvision, not the user, has written what the transform does."""
     own = type(transform).__module__.startswith("torchvision.")
@@ -189,8 +194,7 @@ def _permute_pixels(transform: Any, form: Form) -> tuple[Step, Form]:
 
 def _map_classes(transform: Any, form: Form) -> tuple[Step, Form]:
     mapping = transform.args[0]
-    integers = not (form.dtype.is_floating_point or form.dtype in (torch.bool, torch.complex64))
-    if form.shape or not integers or not isinstance(mapping, list | tuple):
+    if form.shape or not is_whole(form.dtype) or not isinstance(mapping, list | tuple):
         raise NotBatchableError(f"it is applied to a {form.kind} of shape {form.shape}")
     table = torch.tensor(mapping, dtype=torch.int64)
     return Step(lambda batch: table[batch.long()]), Form(NUMBER, (), torch.int64)
@@ -204,7 +208,7 @@ def _random_crop(transform: Any, form: Form) -> tuple[Step, Form]:
     constant = transform.padding_mode == "constant" and fits
     high, wide = transform.size
     rows, columns = height + top + bottom - high + 1, width + left + right - wide + 1
-    if not constant or transform.pad_if_needed or min(left, top, right, bottom) < 0:
+    if not constant or min(left, top, right, bottom) < 0:
         raise NotBatchableError("only a constant padding with a whole number is known")
     if rows < 1 or columns < 1:
         raise NotBatchableError(f"the crop is larger than the samples of shape {form.shape}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -122,7 +123,7 @@ def _dataset_in_memory(dataset: AvalancheDataset, source: Callable[[Any], Source
         return dataset
     tree = taken(dataset._flat_data, None, source)
     new = _built(new_class, tree, list(dataset._data_attributes.values()), dataset)
-    reasons = [new.reason_against(group) for group in ("train", "eval")]
+    reasons = [view.reason_against_batches() for view in (new.train(), new.eval())]
     for reason in dict.fromkeys(reasons):
         if reason is not None:
             _warn(reason)
@@ -172,7 +173,7 @@ def _collate(samples: Sequence[Any], *, collate_fn_map: Any = None) -> list[Any]
         for _, group in groupby(samples, key=lambda sample: id(sample.dataset)):
             run = list(group)
             runs.append((run[0].dataset, [sample.place for sample in run]))
-    if not runs or any(dataset.plan() is None for dataset, _ in runs):
+    if not runs or any(dataset.reason_against_batches() for dataset, _ in runs):
         return default_collate([list(sample) for sample in samples])
     batches = [dataset.load_batch(places) for dataset, places in runs]
     if len(batches) == 1:
@@ -183,18 +184,13 @@ def _collate(samples: Sequence[Any], *, collate_fn_map: Any = None) -> list[Any]
 class _InMemory(AvalancheDataset):
     """What the dataset classes below add to those of Avalanche."""
 
-    _planned_for: Any = None
-    _plan: Plan | None = None
-    _reason = ""
-    _appended: Sequence[Tensor] = ()
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._size = len(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        planned = ("_planned_for", "_plan", "_reason", "_appended")
-        return {key: value for key, value in self.__dict__.items() if key not in planned}
+        # Avalanche copies a dataset and then changes the copy's transforms or attributes.
+        return {key: value for key, value in self.__dict__.items() if key != "_prepared"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -210,32 +206,27 @@ class _InMemory(AvalancheDataset):
         return super().__getitem__(index)
 
     def load_batch(self, indices: list[int]) -> list[Tensor]:
-        """Load a mini-batch; there must be a plan."""
-        plan = self.plan()
-        assert plan is not None
+        """Load a mini-batch; there must be no reason against it."""
+        plan, appended = self._prepared
         index = torch.tensor(indices)
-        return plan.load(index) + [column.index_select(0, index) for column in self._appended]
+        return plan.load(index) + [column.index_select(0, index) for column in appended]
 
-    def plan(self) -> Plan | None:
-        """Return how to load mini-batches of the current transforms, None if one by one."""
-        # Avalanche makes a new _flat_data wherever it changes transforms or attributes.
-        if self._planned_for is not self._flat_data:
-            try:
-                self._plan, self._appended = Plan(self._flat_data), self._attribute_columns()
-            except NotBatchableError as error:
-                self._plan, self._reason = None, str(error)
-            self._planned_for = self._flat_data
-        return self._plan
+    def reason_against_batches(self) -> str | None:
+        """Return why samples must be loaded one by one; None if mini-batches can be loaded."""
+        return self._prepared if isinstance(self._prepared, str) else None
 
-    def reason_against(self, group: str) -> str | None:
-        """Return why mini-batches of the group's transforms cannot be loaded, None if they can."""
-        other = self.with_transforms(group)
-        return None if other.plan() else other._reason
+    @cached_property
+    def _prepared(self) -> Any:
+        """How to load mini-batches of the elements and of what Avalanche appends to them.
 
-    def _attribute_columns(self) -> list[Tensor]:
-        """Return the attributes that Avalanche appends to the samples, the task label mostly."""
+        Those are the task label and other attributes. Where it is not possible, the reason.
+        """
         attributes = self._data_attributes.values()
-        return [_values(attribute) for attribute in attributes if attribute.use_in_getitem]
+        try:
+            appended = [_values(attribute) for attribute in attributes if attribute.use_in_getitem]
+            return Plan(self._flat_data), appended
+        except NotBatchableError as error:
+            return str(error)
 
     def subset(self, indices: Any) -> Any:
         """Return the dataset of these samples."""

@@ -32,6 +32,7 @@ from avalanche_classp.batch_transforms import (
     is_batchable,
     is_deterministic,
     is_torchvisions_own,
+    is_whole,
 )
 
 
@@ -200,30 +201,22 @@ def _columns(dataset: Any) -> list[Column] | None:
         return [Column(tensor, TENSOR) for tensor in dataset.tensors]
     if type(dataset) is _TensorClassificationDataset:
         first, targets, *others = dataset.tensors
-        if targets.dim() != 1:
+        if not is_whole(targets.dtype):
             return None
         rest = [Column(tensor, TENSOR) for tensor in others]
-        return [Column(first, TENSOR), _numbers(targets), *rest]
+        return [Column(first, TENSOR), Column(targets.long(), NUMBER), *rest]
     if type(dataset) not in (TensorMNIST, MNIST, FashionMNIST, KMNIST, CIFAR10, CIFAR100):
         return None
     images, targets = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-    if images.dtype != torch.uint8 or images.dim() not in (3, 4):
+    if images.dtype != torch.uint8 or images.shape[3:] not in ((), (3,)):
         return None
     chain = list(flat(dataset.transform))
     if type(dataset) is TensorMNIST:  # it makes float32 tensors as ToTensor does
         if torch.get_default_dtype() != torch.float32:
             return None
         chain = [transforms.ToTensor(), *chain]
-    image = Column(images, IMAGE, chain)
-    return [image, _numbers(targets, list(flat(dataset.target_transform)))]
-
-
-def _numbers(values: Tensor, chain: Sequence[Any] = ()) -> Column:
-    """Return the column of what is a Python number in each sample, as default_collate has it."""
-    dtype = values.dtype
-    if dtype != torch.bool:
-        values = values.to(torch.float64 if dtype.is_floating_point else torch.int64)
-    return Column(values, NUMBER, chain)
+    target = Column(targets.long(), NUMBER, list(flat(dataset.target_transform)))
+    return [Column(images, IMAGE, chain), target]
 
 
 def _as_tensor(value: Any) -> tuple[Tensor, str]:

@@ -31,6 +31,7 @@ from avalanche.benchmarks import (
 from avalanche.benchmarks.classic import PermutedMNIST, SplitCIFAR10, SplitFMNIST, SplitMNIST
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
+from avalanche.benchmarks.utils.classification_dataset import lookup
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.data_loader import (
     GroupBalancedDataLoader,
@@ -39,6 +40,8 @@ from avalanche.benchmarks.utils.data_loader import (
 )
 from avalanche.benchmarks.utils.dataset_traversal_utils import single_flat_dataset
 from avalanche.benchmarks.utils.ffcv_support.ffcv_components import has_ffcv_support
+from avalanche.benchmarks.utils.transform_groups import TransformGroups
+from avalanche.benchmarks.utils.transforms import MultiParamTransformCallable
 from avalanche.evaluation.metrics import (
     accuracy_metrics,
     confusion_matrix_metrics,
@@ -63,12 +66,15 @@ from PIL import Image
 from small_data import write_cifar, write_mnist
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data._utils.collate import default_collate_fn_map
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 import avalanche_classp.in_memory_data
 from avalanche_classp import CLASSP, in_memory
 from avalanche_classp.sample_store import Source
+
+UNTOUCHED = dict(default_collate_fn_map)
 
 # --- data -----------------------------------------------------------------------------------------
 
@@ -194,6 +200,28 @@ def several_tasks(root):
     return with_task_labels(benchmark_from_datasets(train=train, test=test))
 
 
+def nested(root):
+    """Return a benchmark with a concatenation in a concatenation, in no order."""
+    tensors = [some_tensors(size, size) for size in (18, 19, 20)]
+    benchmark = tensors_benchmark(tensors, tensors, task_labels=[0, 1, 2])
+    parts = [experience.dataset for experience in benchmark.train_stream]
+    inner = parts[0].concat(parts[1]).subset([9, 20, 3, 18, 36, 5])
+    inner = type(inner)([inner], transform_groups=TransformGroups({"train": doubled, "eval": None}))
+    whole = parts[2].concat(inner).subset([16, 3, 22, 20, 25, 2, 23, 23])
+    return with_task_labels(benchmark_from_datasets(train=[whole.concat(parts[0])]))
+
+
+def transformed_by_itself(root):
+    folder = root / "fashionmnist"
+    train, test = (FashionMNIST(folder, train, transforms.ToTensor()) for train in (True, False))
+    chain = transforms.Compose([transforms.RandomCrop(27), transforms.Normalize(0.2, 0.3)])
+    return nc_benchmark(train, test, 5, False, seed=1, train_transform=chain)
+
+
+def doubled(x):
+    return 2 * x
+
+
 MADE = {
     function.__name__: function
     for function in (
@@ -210,6 +238,7 @@ MADE = {
         avalanches_tensors,
         without_task_labels,
         several_tasks,
+        transformed_by_itself,
     )
 }
 
@@ -306,12 +335,39 @@ def test_mini_batches_are_avalanches_bit_for_bit(stock, make_loader, monkeypatch
             assert state == fast_state
 
 
-def test_stock_datasets_and_their_benchmark_are_not_changed(root):
-    stock, untouched = cifar(root), cifar(root)
+@pytest.mark.parametrize("make", [cifar, several_tasks])
+def test_stock_datasets_and_their_benchmark_are_not_changed(make, root):
+    stock, untouched = make(root), make(root)
+    before = [repr(dataset) for dataset, _ in pairs_of_datasets(stock, stock)]
     in_memory(stock)
+    assert [repr(dataset) for dataset, _ in pairs_of_datasets(stock, stock)] == before
     for one, other in pairs_of_datasets(stock, untouched):
         assert type(one) is type(other)
         assert_same_loading(LOADERS["in order"], one, other)
+
+
+@pytest.mark.parametrize("make", [split_mnist, cifar, augmented_fashion])
+def test_torchs_default_dtype_is_heeded(make, root):
+    stock = make(root)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fast = in_memory(stock)
+        for one, other in pairs_of_datasets(stock, fast):
+            assert_same_loading(LOADERS["training"], one, other)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_concatenations_in_concatenations(root):
+    stock = nested(root)
+    with pytest.warns(UserWarning, match="doubled"):
+        in_memory(stock)
+    fast = in_memory(stock, deterministic=True)
+    for one, other in pairs_of_datasets(stock, fast):
+        for view in (AvalancheDataset.train, AvalancheDataset.eval):
+            assert_same_loading(LOADERS["in order"], view(one), view(other))
 
 
 def test_workers_load_the_same(root):
@@ -538,9 +594,10 @@ def test_a_stream_that_is_made_as_it_is_used_stays_so(root):
     assert made == [0]
 
 
-def test_twice_is_once(root):
-    fast = in_memory(split_mnist(root))
-    again = in_memory(fast)
+def test_twice_is_once(root, monkeypatch):
+    with never_one_by_one(monkeypatch):
+        fast = in_memory(split_mnist(root))
+        again = in_memory(fast)
     for one, other in pairs_of_datasets(fast, again):
         assert one is other
 
@@ -558,6 +615,7 @@ VIEWS = {
     "subset": lambda d: d.subset([3, 1, 1, 7, 0]),
     "subset of tensor": lambda d: d.subset(torch.tensor([3, 1, 6])),
     "subset of subset": lambda d: d.subset(range(8, 1, -1)).subset([2, 0, 5, 5]),
+    "nothing and all": lambda d: d.subset([]) + d + d.subset([]),
     "concat": lambda d: d.subset([5, 2]).concat(d),
     "plus": lambda d: d + d.subset([1]),
     "subset of concat": lambda d: (d.subset(range(6)) + d.eval().train()).subset([9, 0, 8, 1, 1]),
@@ -686,8 +744,17 @@ def test_single_samples_are_lists_to_look_into(root):
 def test_copies_hold_the_same(copied, root):
     stock = cifar(root)
     one, other = next(iter(pairs_of_datasets(stock, in_memory(stock))))
-    loaded(LOADERS["training"], other)
+    loaded(LOADERS["in order"], other)
     assert_same_loading(LOADERS["training"], one, copied(other))
+
+
+def test_a_dataset_from_another_process_is_fast(root, monkeypatch):
+    content = pickle.dumps(in_memory(cifar(root)).train_stream[0].dataset)
+    default_collate_fn_map.clear()  # as if in_memory had never been called
+    default_collate_fn_map.update(UNTOUCHED)
+    dataset = pickle.loads(content)
+    with never_one_by_one(monkeypatch):
+        loaded(LOADERS["training"], dataset)
 
 
 # --- unknown transforms and datasets --------------------------------------------------------------
@@ -695,10 +762,6 @@ def test_copies_hold_the_same(copied, root):
 
 def noise(x):
     return x + torch.rand(1)
-
-
-def doubled(x):
-    return 2 * x
 
 
 def with_transforms(root, train, evaluated=None):
@@ -715,6 +778,8 @@ def with_transforms(root, train, evaluated=None):
         transforms.Compose([transforms.RandomCrop(28, padding=2, padding_mode="reflect")]),
         transforms.Compose([transforms.RandomCrop(28, padding=2), transforms.CenterCrop(20)]),
         transforms.RandomCrop(30, pad_if_needed=True),
+        transforms.RandomCrop(20, padding=-2),
+        transforms.Normalize((0.1,), (0.2,), inplace=True),
     ],
 )
 def test_an_unknown_transform_is_applied_each_time(unknown, root, monkeypatch):
@@ -760,8 +825,9 @@ def test_a_vouched_transform_is_applied_once_to_each_sample(root, monkeypatch):
         assert_same_loading(LOADERS["training"], one, other)
 
 
-def test_a_vouched_target_transform_is_applied_once(root):
-    dataset = FashionMNIST(root / "fashionmnist", train=True, target_transform=lambda y: 9 - y)
+def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
+    mapping = {y: 9 - y for y in range(10)}
+    dataset = FashionMNIST(root / "fashionmnist", train=True, target_transform=mapping.get)
     dataset.targets = 9 - dataset.targets
     stock = nc_benchmark(
         dataset, dataset, 5, task_labels=False, seed=1, train_transform=transforms.ToTensor()
@@ -770,6 +836,8 @@ def test_a_vouched_target_transform_is_applied_once(root):
         in_memory(stock)
     fast = in_memory(stock, deterministic=True)
     for one, other in pairs_of_datasets(stock, fast):
+        with never_one_by_one(monkeypatch):
+            loaded(LOADERS["training"], other.train())
         assert_same_loading(LOADERS["training"], one.train(), other.train())
 
 
@@ -817,6 +885,7 @@ def test_an_unknown_dataset_is_asked_each_time_or_once(mode, monkeypatch):
     with pytest.warns(UserWarning, match="Drawn is not known"):
         untouched = in_memory(stock)
     for one, other in pairs_of_datasets(stock, untouched):
+        assert type(one) is type(other)
         assert_same_loading(LOADERS["training"], one.train(), other.train())
     fast = in_memory(stock, deterministic=True)
     with never_one_by_one(monkeypatch):
@@ -841,6 +910,103 @@ def test_an_unknown_kind_of_image_is_left_alone():
     stock = of_dataset(Drawn(mode="CMYK"))
     for one, other in pairs_of_datasets(stock, fast):
         assert_same_loading(LOADERS["training"], one.train(), other.train())
+
+
+@pytest.mark.parametrize(
+    "crop",
+    [
+        transforms.RandomCrop(28, padding=1, fill=300),
+        transforms.RandomCrop(28, padding=1, fill=(7,)),
+        transforms.Compose([transforms.ToTensor(), transforms.ToTensor()]),
+        transforms.Compose([transforms.Normalize((0.1,), (0.2,))]),
+    ],
+)
+def test_what_torchvision_may_refuse_is_left_to_it(crop, root):
+    chain = transforms.Compose([crop, transforms.ToTensor()])
+    dataset = FashionMNIST(root / "fashionmnist")
+    stock = nc_benchmark(
+        dataset, dataset, 5, False, seed=1, train_transform=chain, eval_transform=None
+    )
+    with pytest.warns(UserWarning, match="in_memory"):
+        fast = in_memory(stock)
+    outcomes = []
+    for one in (stock, fast):
+        try:
+            outcomes.append(loaded(LOADERS["training"], one.train_stream[0].dataset))
+        except (TypeError, ValueError) as error:
+            outcomes.append(str(error))
+    if isinstance(outcomes[0], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        assert_same_batches(outcomes[0][0], outcomes[1][0])
+
+
+def test_unusual_arrays_are_loaded_one_by_one(root):
+    four_channels = CIFAR10(root / "cifar10")
+    four_channels.data = four_channels.data[..., [0, 1, 2, 0]]
+    parts = [some_tensors(8)[0], torch.arange(8) % 2]
+    floats = [(parts[0], parts[1] / 2)]
+    halves = tensors_benchmark(floats, floats, task_labels=[0]).train_stream[0].dataset
+    mapped = AvalancheDataset(
+        [TensorDataset(*parts)],
+        transform_groups=TransformGroups({"train": (None, partial(lookup, {0: 3, 1: 2}))}),
+    )
+    to_tensor = TransformGroups({"train": transforms.ToTensor()})
+    image = AvalancheDataset([four_channels], transform_groups=to_tensor)
+    for dataset in (image, halves, mapped):
+        stock = benchmark_from_datasets(train=[dataset])
+        with pytest.warns(UserWarning, match="in_memory"):
+            fast = in_memory(stock)
+        for one, other in pairs_of_datasets(stock, fast):
+            assert_same_loading(LOADERS["in order"], one, other)
+
+
+class Reversed(Subset):
+    """A subset that torch's class does not describe."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(len(self) - 1 - index)
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_a_subset_of_a_type_of_its_own_is_not_looked_through():
+    x, y = some_tensors(24)
+    subset = Reversed(TensorDataset(x, y), range(24))
+    subset.targets = y.flip(0)
+    stock = nc_benchmark(subset, subset, 2, False, seed=1)
+    with pytest.warns(UserWarning, match="Reversed"):
+        fast = in_memory(stock)
+    for one, other in pairs_of_datasets(stock, fast):
+        assert_same_loading(LOADERS["training"], one, other)
+
+
+def both_flipped(x, y):
+    return x.flip(0), 5 - y
+
+
+FLIPPED = {
+    "train": (None, transforms.RandomHorizontalFlip()),
+    "eval": (None, partial(lookup, {0.0: 1.0})),
+}
+
+PAIRS = {
+    "together": ({"train": MultiParamTransformCallable(both_flipped), "eval": None}, "together"),
+    "random targets": (FLIPPED, "is random"),
+}
+
+
+@pytest.mark.parametrize(("groups", "reason"), PAIRS.values(), ids=PAIRS)
+def test_what_random_or_joint_transforms_do_to_targets_is_done_each_time(groups, reason):
+    generator = torch.Generator().manual_seed(0)
+    tensors = TensorDataset(*torch.rand(2, 9, 1, 4, 5, generator=generator))
+    dataset = AvalancheDataset([tensors], transform_groups=TransformGroups(groups))
+    stock = benchmark_from_datasets(train=[dataset])
+    with pytest.warns(UserWarning, match=reason):
+        fast = in_memory(stock)
+    for one, other in pairs_of_datasets(stock, fast):
+        assert_same_loading(LOADERS["in order"], one, other)
 
 
 def test_a_dataset_with_a_collate_fn_of_its_own_is_left_alone():
@@ -889,7 +1055,7 @@ def test_arrays_are_shared_not_copied(root):
 def test_a_checkpoint_holds_nothing_more_than_the_dataset(root):
     stock = resized_cifar(root)
     one, other = next(iter(pairs_of_datasets(stock, in_memory(stock))))
-    loaded(LOADERS["training"], other)
+    loaded(LOADERS["in order"], other)
     assert len(pickle.dumps(other)) < 1.1 * len(pickle.dumps(one))
 
 
