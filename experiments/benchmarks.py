@@ -289,14 +289,22 @@ def _loaded(dataset: str, folder: Path, load: Callable[[], CLScenario]) -> CLSce
         ) from error
 
 
-_IN_TEN = (1, 2, 5, 10)
+def _ten_classes(shape: Shape, model: str, batch_size: int, **other: Any) -> Benchmark:
+    """Return a benchmark of ten classes, two of them in each experience."""
+    return Benchmark(
+        experiences=5,
+        experiences_choices=(1, 2, 5, 10),
+        classes=10,
+        shape=shape,
+        model=model,
+        batch_size=batch_size,
+        **other,
+    )
+
 
 BENCHMARKS = {
-    "split-digits": Benchmark(
+    "split-digits": _ten_classes(
         description="scikit-learn's 1797 bundled 8×8 digits in 5 × 2 classes, nothing downloaded",
-        experiences=5,
-        experiences_choices=_IN_TEN,
-        classes=10,
         shape=(64,),
         model="mlp-256",
         epochs=10,
@@ -304,11 +312,8 @@ BENCHMARKS = {
         batch_size=32,
         load=_split_digits,
     ),
-    "split-mnist": Benchmark(
+    "split-mnist": _ten_classes(
         description="MNIST in 5 × 2 classes",
-        experiences=5,
-        experiences_choices=_IN_TEN,
-        classes=10,
         shape=(1, 28, 28),
         model="mlp-400",
         batch_size=128,
@@ -326,21 +331,15 @@ BENCHMARKS = {
         scenarios=("domain",),
         shared_labels=True,
     ),
-    "split-fmnist": Benchmark(
+    "split-fmnist": _ten_classes(
         description="Fashion-MNIST in 5 × 2 classes",
-        experiences=5,
-        experiences_choices=_IN_TEN,
-        classes=10,
         shape=(1, 28, 28),
         model="mlp-400",
         batch_size=128,
         load=_split(SplitFMNIST, "Fashion-MNIST", "fashionmnist"),
     ),
-    "split-cifar10": Benchmark(
+    "split-cifar10": _ten_classes(
         description="CIFAR-10 in 5 × 2 classes",
-        experiences=5,
-        experiences_choices=_IN_TEN,
-        classes=10,
         shape=(3, 32, 32),
         model="cnn",
         batch_size=64,
