@@ -84,6 +84,8 @@ from avalanche_classp.sample_store import Source
 
 UNTOUCHED = dict(default_collate_fn_map)
 
+TO_TENSOR, NORMALIZE = transforms.ToTensor(), transforms.Normalize((0.1,), (0.2,))
+
 # --- data -----------------------------------------------------------------------------------------
 
 
@@ -837,9 +839,8 @@ def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
     mapping = {y: 9 - y for y in range(10)}
     dataset = FashionMNIST(root / "fashionmnist", train=True, target_transform=mapping.get)
     dataset.targets = 9 - dataset.targets
-    stock = nc_benchmark(
-        dataset, dataset, 5, task_labels=False, seed=1, train_transform=transforms.ToTensor()
-    )
+    options = {"train_transform": TO_TENSOR, "eval_transform": TO_TENSOR}
+    stock = nc_benchmark(dataset, dataset, 5, task_labels=False, seed=1, **options)
     with pytest.warns(UserWarning, match="one by one"):
         in_memory(stock)
     with never_one_by_one(monkeypatch):
@@ -918,9 +919,6 @@ def test_an_unknown_kind_of_image_is_left_alone():
     stock = of_dataset(Drawn(mode="CMYK"))
     for one, other in pairs_of_datasets(stock, fast):
         assert_same_loading(LOADERS["training"], one.train(), other.train())
-
-
-TO_TENSOR, NORMALIZE = transforms.ToTensor(), transforms.Normalize((0.1,), (0.2,))
 
 
 @pytest.mark.parametrize(
@@ -1070,8 +1068,8 @@ def test_experiences_without_a_dataset_are_refused():
 
 def test_arrays_are_shared_not_copied(root):
     for dataset in (
-        CIFAR10(root / "cifar10"),
-        FashionMNIST(root / "fashionmnist"),
+        CIFAR10(root / "cifar10", transform=TO_TENSOR),
+        FashionMNIST(root / "fashionmnist", transform=TO_TENSOR),
         TensorDataset(*some_tensors(10)),
     ):
         stored, _ = Source(dataset, deterministic=False).prepare(0, [])
