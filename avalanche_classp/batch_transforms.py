@@ -79,6 +79,8 @@ class Pipeline:
             except NotBatchableError as error:
                 raise NotBatchableError(f"{transform!r}: {error}") from None
             self._steps.append(step)
+        if form.kind == IMAGE:
+            raise NotBatchableError("PIL images cannot be collated")
         self._draws = [high for step in self._steps for high in step.draws]
 
     @property

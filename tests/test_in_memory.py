@@ -29,6 +29,7 @@ from avalanche.benchmarks import (
     with_task_labels,
 )
 from avalanche.benchmarks.classic import PermutedMNIST, SplitCIFAR10, SplitFMNIST, SplitMNIST
+from avalanche.benchmarks.classic.cmnist import PixelsPermutation
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
 from avalanche.benchmarks.utils.classification_dataset import lookup
@@ -72,9 +73,18 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 import avalanche_classp.in_memory_data
 from avalanche_classp import CLASSP, in_memory
+from avalanche_classp.batch_transforms import (
+    NUMBER,
+    TENSOR,
+    Form,
+    NotBatchableError,
+    Pipeline,
+)
 from avalanche_classp.sample_store import Source
 
 UNTOUCHED = dict(default_collate_fn_map)
+
+TO_TENSOR, NORMALIZE = transforms.ToTensor(), transforms.Normalize((0.1,), (0.2,))
 
 # --- data -----------------------------------------------------------------------------------------
 
@@ -829,15 +839,14 @@ def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
     mapping = {y: 9 - y for y in range(10)}
     dataset = FashionMNIST(root / "fashionmnist", train=True, target_transform=mapping.get)
     dataset.targets = 9 - dataset.targets
-    stock = nc_benchmark(
-        dataset, dataset, 5, task_labels=False, seed=1, train_transform=transforms.ToTensor()
-    )
+    options = {"train_transform": TO_TENSOR, "eval_transform": TO_TENSOR}
+    stock = nc_benchmark(dataset, dataset, 5, task_labels=False, seed=1, **options)
     with pytest.warns(UserWarning, match="one by one"):
         in_memory(stock)
-    fast = in_memory(stock, deterministic=True)
+    with never_one_by_one(monkeypatch):
+        fast = in_memory(stock, deterministic=True)
+        loaded(LOADERS["training"], fast.train_stream[0].dataset)
     for one, other in pairs_of_datasets(stock, fast):
-        with never_one_by_one(monkeypatch):
-            loaded(LOADERS["training"], other.train())
         assert_same_loading(LOADERS["training"], one.train(), other.train())
 
 
@@ -913,19 +922,28 @@ def test_an_unknown_kind_of_image_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "crop",
+    "chain",
     [
-        transforms.RandomCrop(28, padding=1, fill=300),
-        transforms.RandomCrop(28, padding=1, fill=(7,)),
-        transforms.Compose([transforms.ToTensor(), transforms.ToTensor()]),
-        transforms.Compose([transforms.Normalize((0.1,), (0.2,))]),
+        [transforms.RandomCrop(28, padding=1, fill=300), TO_TENSOR],
+        [transforms.RandomCrop(28, padding=1, fill=(7,)), TO_TENSOR],
+        [TO_TENSOR, TO_TENSOR],
+        [NORMALIZE, TO_TENSOR],
+        [TO_TENSOR, transforms.Normalize((0.1,), (0.0,))],
+        [transforms.RandomHorizontalFlip()],
+        [TO_TENSOR, PixelsPermutation(torch.arange(5))],
+        [PixelsPermutation(torch.arange(784).flip(0)), TO_TENSOR],
     ],
 )
-def test_what_torchvision_may_refuse_is_left_to_it(crop, root):
-    chain = transforms.Compose([crop, transforms.ToTensor()])
+def test_what_torchvision_may_refuse_is_left_to_it(chain, root):
     dataset = FashionMNIST(root / "fashionmnist")
     stock = nc_benchmark(
-        dataset, dataset, 5, False, seed=1, train_transform=chain, eval_transform=None
+        dataset,
+        dataset,
+        5,
+        False,
+        seed=1,
+        train_transform=transforms.Compose(chain),
+        eval_transform=TO_TENSOR,
     )
     with pytest.warns(UserWarning, match="in_memory"):
         fast = in_memory(stock)
@@ -933,7 +951,7 @@ def test_what_torchvision_may_refuse_is_left_to_it(crop, root):
     for one in (stock, fast):
         try:
             outcomes.append(loaded(LOADERS["training"], one.train_stream[0].dataset))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             outcomes.append(str(error))
     if isinstance(outcomes[0], str):
         assert outcomes[0] == outcomes[1]
@@ -947,10 +965,9 @@ def test_unusual_arrays_are_loaded_one_by_one(root):
     parts = [some_tensors(8)[0], torch.arange(8) % 2]
     floats = [(parts[0], parts[1] / 2)]
     halves = tensors_benchmark(floats, floats, task_labels=[0]).train_stream[0].dataset
-    mapped = AvalancheDataset(
-        [TensorDataset(*parts)],
-        transform_groups=TransformGroups({"train": (None, partial(lookup, {0: 3, 1: 2}))}),
-    )
+    whole = tensors_benchmark([parts], [parts], task_labels=[0]).train_stream[0].dataset
+    by_dict = TransformGroups({"train": (None, partial(lookup, {0: 3, 1: 2}))})
+    mapped = AvalancheDataset([whole], transform_groups=by_dict)
     to_tensor = TransformGroups({"train": transforms.ToTensor()})
     image = AvalancheDataset([four_channels], transform_groups=to_tensor)
     for dataset in (image, halves, mapped):
@@ -959,6 +976,19 @@ def test_unusual_arrays_are_loaded_one_by_one(root):
             fast = in_memory(stock)
         for one, other in pairs_of_datasets(stock, fast):
             assert_same_loading(LOADERS["in order"], one, other)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form(TENSOR, (2,), torch.int64),
+        Form(NUMBER, (), torch.float64),
+        Form(NUMBER, (), torch.bool),
+    ],
+)
+def test_only_whole_numbers_are_mapped_to_classes(form):
+    with pytest.raises(NotBatchableError, match="lookup"):
+        Pipeline([partial(lookup, [1, 0])], form)
 
 
 class Reversed(Subset):
@@ -986,14 +1016,9 @@ def both_flipped(x, y):
     return x.flip(0), 5 - y
 
 
-FLIPPED = {
-    "train": (None, transforms.RandomHorizontalFlip()),
-    "eval": (None, partial(lookup, {0.0: 1.0})),
-}
-
 PAIRS = {
     "together": ({"train": MultiParamTransformCallable(both_flipped), "eval": None}, "together"),
-    "random targets": (FLIPPED, "is random"),
+    "random targets": ({"train": (None, transforms.RandomHorizontalFlip())}, "is random"),
 }
 
 
@@ -1043,8 +1068,8 @@ def test_experiences_without_a_dataset_are_refused():
 
 def test_arrays_are_shared_not_copied(root):
     for dataset in (
-        CIFAR10(root / "cifar10"),
-        FashionMNIST(root / "fashionmnist"),
+        CIFAR10(root / "cifar10", transform=TO_TENSOR),
+        FashionMNIST(root / "fashionmnist", transform=TO_TENSOR),
         TensorDataset(*some_tensors(10)),
     ):
         stored, _ = Source(dataset, deterministic=False).prepare(0, [])
