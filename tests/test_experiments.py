@@ -471,7 +471,7 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
         ("run --set lr=-1", "lr of classp must be at least 0, got -1.0"),
         ("run --set power=0", "classp: power must be finite and greater than 0"),
         ("compare --set lr=1", "write METHOD.KEY=VALUE"),
-        ("compare --set replay.lr=1", "'replay' is none of the methods compared"),
+        ("compare --methods naive --set replay.lr=1", "'replay' is none of the methods compared"),
         ("run --device tpu", "device 'tpu' cannot be used here"),
         ("report no-such-folder", "there are no finished runs in no-such-folder"),
         ("search --methods sgd", "unknown method 'sgd'"),
