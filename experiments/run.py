@@ -45,12 +45,12 @@ def run(
 ) -> dict[str, Any]:
     """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
 
+    A validation run is evaluated after the last experience only: the search needs no more.
+
     Args:
         config: what to run.
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
         progress: called after each experience is trained and evaluated.
-
-    A validation run is evaluated after the last experience only: the search needs no more.
 
     Returns:
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
