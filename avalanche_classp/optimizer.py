@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from fractions import Fraction
-from functools import lru_cache
 from numbers import Real
 from typing import Any, overload
 
@@ -19,11 +17,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from avalanche_classp.paths import update_, usable
+from avalanche_classp.rule import (
+    Rule,
+    accumulator_dtype,
+    largest_usable_gradient,
+    sparse_update_,
+)
+
 __all__ = [
     "CLASSPOptimizer",
     "CLASSP_optimizer",
     "NonFiniteGradientError",
-    "classp_update_",
     "validate_hyperparameters",
 ]
 
@@ -97,8 +102,23 @@ class CLASSPOptimizer(Optimizer):
             RuntimeError) that names the parameter, before any weight or accumulator has changed;
             catch it to drop the batch. ``"skip"``: these weights and their accumulators stay as
             they are, the others are updated. In no case does such a gradient enter an
-            accumulator, which would freeze the weight for good. The check makes the host wait for
-            the device once a step; ``"skip"`` does not. Default: ``"raise"``.
+            accumulator, which would freeze the weight for good. The check reads all gradients
+            once more and makes the host wait for a GPU once a step; ``"skip"`` does neither.
+            Default: ``"raise"``.
+        foreach: whether to take few operations over all parameters (True) or a loop over the
+            parameters (False), as torch's optimizers do. Default (None): the fastest path that
+            needs no compiler; on a GPU that is foreach, on a CPU the rule on blocks that fit in
+            the caches, or the kernel of ``fused`` if this machine has it already.
+        fused: whether to go through memory only once. On a CPU, with float32 and float64, a
+            kernel that the C++ compiler at hand builds at the first step, in about two seconds,
+            once for the machine (``python -m avalanche_classp.build_kernel`` does it ahead of
+            time); that is announced, and where it fails a UserWarning says why and the default
+            path is taken. On a GPU ``torch.compile``, not yet measured on one. False: never, nor
+            a kernel that lies ready. Default (None): see ``foreach``.
+
+    All paths give the same numbers: with the powers 1 and 2 to the last bit on a CPU with AVX2,
+    else but for rounding. Only ``foreach=True``, ``foreach=False`` and a GPU's default need memory
+    in proportion to the parameters during a step.
 
     Raises:
         TypeError: an argument of a wrong type, or complex or integer parameters.
@@ -145,6 +165,8 @@ class CLASSPOptimizer(Optimizer):
         *,
         maximize: bool = False,
         nonfinite: str = "raise",
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -154,6 +176,8 @@ class CLASSPOptimizer(Optimizer):
             "apply_decay": apply_decay,
             "maximize": maximize,
             "nonfinite": nonfinite,
+            "foreach": foreach,
+            "fused": fused,
         }
         # The defaults are checked even if every group overrides them.
         validate_hyperparameters(defaults)
@@ -164,6 +188,8 @@ class CLASSPOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault("maximize", False)
             group.setdefault("nonfinite", "raise")
+            group.setdefault("foreach", None)
+            group.setdefault("fused", None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; hyper-parameters that it does not name are the constructor's.
@@ -203,7 +229,7 @@ class CLASSPOptimizer(Optimizer):
                 saved = loaded["state"].get(saved_id, {}).get("accumulator")
                 if saved is not None:
                     self.state[p]["accumulator"] = saved.to(
-                        device=p.device, dtype=_accumulator_dtype(p), copy=True
+                        device=p.device, dtype=accumulator_dtype(p), copy=True
                     )
 
         # After the user's own pre-hooks, and before the post-hooks.
@@ -245,6 +271,16 @@ class CLASSPOptimizer(Optimizer):
 
         self._check_gradients()
         for group in self.param_groups:
+            rule = Rule(
+                lr=float(group["lr"]),
+                threshold=float(group["threshold"]),
+                epsilon=float(group["epsilon"]),
+                power=float(group["power"]),
+                apply_decay=group["apply_decay"],
+                maximize=group["maximize"],
+                skip_nonfinite=group["nonfinite"] == "skip",
+            )
+            dense = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -252,27 +288,18 @@ class CLASSPOptimizer(Optimizer):
                 # The key and not the dict: Avalanche leaves an empty dict for a new head.
                 if "accumulator" not in state:
                     state["accumulator"] = torch.zeros_like(
-                        p, dtype=_accumulator_dtype(p), memory_format=torch.preserve_format
+                        p, dtype=accumulator_dtype(p), memory_format=torch.preserve_format
                     )
-                update = _sparse_update_ if p.grad.is_sparse else classp_update_
-                update(
-                    p,
-                    p.grad,
-                    state["accumulator"],
-                    lr=float(group["lr"]),
-                    threshold=float(group["threshold"]),
-                    epsilon=float(group["epsilon"]),
-                    power=float(group["power"]),
-                    apply_decay=group["apply_decay"],
-                    maximize=group["maximize"],
-                    skip_nonfinite=group["nonfinite"] == "skip",
-                )
+                if p.grad.is_sparse:
+                    sparse_update_(p, p.grad, state["accumulator"], rule)
+                else:
+                    dense.append((p, p.grad, state["accumulator"]))
+            update_(dense, rule, group["foreach"], group["fused"])
         return loss
 
     def _check_gradients(self) -> None:
         """Raise, before anything is changed, if a gradient cannot be used."""
-        verdicts = []
-        places = []
+        grads, limits, places = [], [], []
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -285,20 +312,13 @@ class CLASSPOptimizer(Optimizer):
                 if group["nonfinite"] == "skip":
                     continue
                 # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
-                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-                if values.numel() == 0:
-                    continue
-                low, high = torch.aminmax(values)  # NaN comes through
-                dtype = _accumulator_dtype(p)  # the limit does not fit in half precision
-                limit = _largest_usable_gradient(dtype, float(group["power"]))
-                verdicts.append((high.to(dtype) <= limit) & (low.to(dtype) >= -limit))
+                grads.append(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
+                limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
                 places.append((group_index, index))
-        if not verdicts:
+        verdicts = usable(grads, limits)
+        if all(verdicts):
             return
-        usable = torch.stack([v.to(verdicts[0].device) for v in verdicts]).tolist()
-        if all(usable):
-            return
-        group_index, index = places[usable.index(False)]
+        group_index, index = places[verdicts.index(False)]
         group = self.param_groups[group_index]
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
@@ -306,7 +326,7 @@ class CLASSPOptimizer(Optimizer):
         raise NonFiniteGradientError(
             f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
-            f"{tuple(group['params'][index].shape)}; {usable.count(False)} of {len(usable)} "
+            f"{tuple(group['params'][index].shape)}; {verdicts.count(False)} of {len(verdicts)} "
             f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
             f"pass nonfinite='skip' to leave such weights as they are"
         )
@@ -314,120 +334,6 @@ class CLASSPOptimizer(Optimizer):
 
 CLASSP_optimizer = CLASSPOptimizer
 """The name in the author's code; same keywords."""
-
-
-def classp_update_(
-    param: Tensor,
-    grad: Tensor,
-    accumulator: Tensor,
-    *,
-    lr: float,
-    threshold: float,
-    epsilon: float,
-    power: float,
-    apply_decay: bool,
-    maximize: bool = False,
-    skip_nonfinite: bool = False,
-) -> None:
-    """Apply the update rule to one dense parameter, in place: the ground truth of every path.
-
-    Args:
-        param: the weights w, any shape; changed in place.
-        grad: their gradients g, the same shape; left as they are.
-        accumulator: A, the same shape, float32 or float64; changed in place.
-        lr: see :class:`CLASSPOptimizer`, here and below.
-        threshold: compared with g², strictly.
-        epsilon: added to A inside the root.
-        power: p.
-        apply_decay: whether A scales the step.
-        maximize: negate the gradient.
-        skip_nonfinite: leave weights alone whose g or ``|g|**power`` is not finite.
-    """
-    dtype = accumulator.dtype
-    # hardshrink keeps the gradients with |g| > cutoff and makes the others zero. A zero gradient
-    # changes neither A nor w, so nothing below needs a mask.
-    g = torch.nn.functional.hardshrink(grad.to(dtype), _cutoff(threshold, dtype))
-    if skip_nonfinite:
-        g = torch.where(g.abs() <= _largest_usable_gradient(dtype, power), g, 0.0)
-    if maximize:
-        g = -g
-
-    if power == 1:
-        accumulator.add_(g.abs())
-    elif power == 2:
-        accumulator.addcmul_(g, g)
-    else:
-        accumulator.add_(g.abs().pow_(power))
-
-    if not apply_decay:
-        param.add_(g, alpha=-lr)
-        return
-    root = accumulator + epsilon
-    if power == 2:
-        root.sqrt_()
-    elif power != 1:
-        root.pow_(1 / power)
-    if _root_may_vanish(dtype, epsilon, power):
-        root.masked_fill_(root == 0, math.inf)  # 0/0 for a weight without history: no step
-        root = torch.maximum(root, g.abs())  # underflow took digits: the step stays within lr
-    param.addcdiv_(g, root, value=-lr)
-
-
-def _sparse_update_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyper: Any) -> None:
-    """Apply the update rule to the entries that a sparse COO gradient names.
-
-    The others have gradient zero, and the rule leaves such weights alone.
-    """
-    if grad.dim() == 0:
-        classp_update_(param, grad.to_dense(), accumulator, **hyper)
-        return
-    grad = grad.coalesce()  # each entry once, repeated ones summed
-    where = tuple(grad.indices())
-    weights, history = param[where], accumulator[where]
-    classp_update_(weights, grad.values(), history, **hyper)
-    param[where] = weights
-    accumulator[where] = history
-
-
-def _accumulator_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-@lru_cache(maxsize=256)
-def _cutoff(threshold: float, dtype: torch.dtype) -> float:
-    """Return the largest c of the dtype with c² <= threshold, so that g² > threshold ⇔ |g| > c.
-
-    Squaring the gradient instead would underflow (float32 below 3e-23, float16 below 2e-4) and
-    make small gradients vanish at threshold 0.
-    """
-    exact = Fraction(threshold)
-    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
-    if Fraction(largest.item()) ** 2 <= exact:
-        return largest.item()
-    c = torch.tensor(math.sqrt(threshold), dtype=dtype)
-    while Fraction(c.item()) ** 2 > exact:
-        c = torch.nextafter(c, -largest)
-    return c.item()
-
-
-@lru_cache(maxsize=256)
-def _largest_usable_gradient(dtype: torch.dtype, power: float) -> float:
-    """Return the largest |g| with which no accumulator ever becomes infinite.
-
-    A sum stops growing when the terms are below half its last digit. With terms of at most
-    max · eps / 4 that happens before it reaches max.
-    """
-    info = torch.finfo(dtype)
-    log2_of_term = math.log2(info.max) + math.log2(info.eps) - 2
-    # A little less, for the rounding of ``|g|**power``.
-    return min(info.max, 2 ** min(log2_of_term / power, 1023) * (1 - 1e-6))
-
-
-@lru_cache(maxsize=256)
-def _root_may_vanish(dtype: torch.dtype, epsilon: float, power: float) -> bool:
-    """Tell whether (epsilon + A)^(1/power) can be zero, or lose its digits, in the dtype."""
-    tiny = torch.finfo(dtype).tiny
-    return epsilon < tiny or math.log(epsilon) / power < math.log(tiny)
 
 
 def _number(name: str, value: Any) -> float:
@@ -465,6 +371,11 @@ def _validate_flag(name: str, value: Any) -> None:
         )
 
 
+def _validate_choice(name: str, value: Any) -> None:
+    if value is not None:
+        _validate_flag(name, value)
+
+
 def _validate_nonfinite(value: Any) -> None:
     if value not in _NONFINITE_POLICIES:
         raise ValueError(f"nonfinite must be one of {_NONFINITE_POLICIES}, got {value!r}")
@@ -478,6 +389,8 @@ _VALIDATORS: dict[str, Callable[[Any], None]] = {
     "apply_decay": lambda value: _validate_flag("apply_decay", value),
     "maximize": lambda value: _validate_flag("maximize", value),
     "nonfinite": _validate_nonfinite,
+    "foreach": lambda value: _validate_choice("foreach", value),
+    "fused": lambda value: _validate_choice("fused", value),
 }
 
 
@@ -491,3 +404,5 @@ def validate_hyperparameters(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in _VALIDATORS:
             _VALIDATORS[name](value)
+    if values.get("foreach") and values.get("fused"):
+        raise ValueError("foreach and fused cannot both be True; give one of them")

@@ -55,6 +55,8 @@ class CLASSPPlugin(SupervisedPlugin):
         power: likewise.
         apply_decay: likewise.
         nonfinite: likewise.
+        foreach: likewise.
+        fused: likewise.
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
             keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
             ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
@@ -110,6 +112,8 @@ class CLASSPPlugin(SupervisedPlugin):
         apply_decay: bool | None = None,
         *,
         nonfinite: str | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -120,6 +124,8 @@ class CLASSPPlugin(SupervisedPlugin):
             "power": power,
             "apply_decay": apply_decay,
             "nonfinite": nonfinite,
+            "foreach": foreach,
+            "fused": fused,
         }
         self.hyperparameters = {k: v for k, v in given.items() if v is not None}
         """What was given; None was left out."""

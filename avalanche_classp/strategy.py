@@ -32,13 +32,15 @@ class CLASSP(SupervisedTemplate):
         optimizer: a torch optimizer whose parameter groups, with their lr, CLASSP takes over; a
             CLASSPOptimizer is used as it is and then holds all hyper-parameters. Default (None):
             a CLASSPOptimizer over all parameters of the model.
-        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next five; None is the
+        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next seven; None is the
             default there.
         threshold: likewise.
         epsilon: likewise.
         power: likewise.
         apply_decay: likewise.
         nonfinite: likewise.
+        foreach: likewise.
+        fused: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
         train_mb_size: training mini-batch size. Default: 1.
@@ -69,6 +71,8 @@ class CLASSP(SupervisedTemplate):
         power: float | None = None,
         apply_decay: bool | None = None,
         nonfinite: str | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         train_mb_size: int = 1,
         train_epochs: int = 1,
@@ -80,7 +84,15 @@ class CLASSP(SupervisedTemplate):
         **base_kwargs: Any,
     ) -> None:
         classp = CLASSPPlugin(
-            lr, threshold, epsilon, power, apply_decay, nonfinite=nonfinite, phases=phases
+            lr,
+            threshold,
+            epsilon,
+            power,
+            apply_decay,
+            nonfinite=nonfinite,
+            foreach=foreach,
+            fused=fused,
+            phases=phases,
         )
         if optimizer is None:
             optimizer = classp.make_optimizer(model.parameters())

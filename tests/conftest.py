@@ -42,6 +42,8 @@ BAD_VALUES = [
     ("apply_decay", 1, TypeError),
     ("apply_decay", "yes", TypeError),
     ("nonfinite", "ignore", ValueError),
+    ("foreach", 1, TypeError),
+    ("fused", "yes", TypeError),
 ]
 """Hyper-parameters that must be refused: name, value, type of the error."""
 

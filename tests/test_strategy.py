@@ -234,6 +234,8 @@ def test_without_an_optimizer_it_makes_one_with_the_given_values_over_all_parame
         "power": 3.0,
         "apply_decay": False,
         "nonfinite": "skip",
+        "foreach": False,
+        "fused": False,
     }
     strategy = classp(model, **given)
     assert held_ids(strategy.optimizer) == [[id(p) for p in model.parameters()]]
@@ -246,7 +248,7 @@ def test_without_numbers_it_uses_the_optimizers_defaults():
     strategy = CLASSP(model=linear_head(), evaluator=None)
     parameters = inspect.signature(CLASSPOptimizer).parameters
     defaults = {n: p.default for n, p in parameters.items() if n != "params"}
-    assert len(defaults) == 7
+    assert len(defaults) == 9
     assert {name: values(strategy.optimizer, name) for name in defaults} == {
         name: [default] for name, default in defaults.items()
     }
@@ -303,6 +305,8 @@ def test_groups_and_their_lr_train(tiny):
         ("power", 2.0),
         ("apply_decay", False),
         ("nonfinite", "skip"),
+        ("foreach", True),
+        ("fused", True),
     ],
 )
 def test_a_classp_optimizer_and_a_hyperparameter_are_refused(name, value):
