@@ -299,7 +299,7 @@ class CLASSPOptimizer(Optimizer):
 
     def _check_gradients(self) -> None:
         """Raise, before anything is changed, if a gradient cannot be used."""
-        grads, limits, places = [], [], []
+        grads, limits, fused, places = [], [], [], []
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -314,8 +314,9 @@ class CLASSPOptimizer(Optimizer):
                 # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
                 grads.append(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
                 limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
+                fused.append(group["fused"])
                 places.append((group_index, index))
-        verdicts = usable(grads, limits)
+        verdicts = usable(grads, limits, fused)
         if all(verdicts):
             return
         group_index, index = places[verdicts.index(False)]

@@ -75,7 +75,9 @@ def update_(
         choose_path(device, foreach, fused)(some, rule)
 
 
-def usable(grads: Sequence[Tensor], limits: Sequence[float]) -> list[bool]:
+def usable(
+    grads: Sequence[Tensor], limits: Sequence[float], fused: Sequence[bool | None]
+) -> list[bool]:
     """Tell of each gradient whether no entry is NaN or, without its sign, above a limit.
 
     Waits once for each device that is not the CPU.
@@ -83,6 +85,7 @@ def usable(grads: Sequence[Tensor], limits: Sequence[float]) -> list[bool]:
     Args:
         grads: gradients, or the values of sparse ones.
         limits: a limit for each, above 0.
+        fused: the setting of each one's group.
     """
     verdicts = [True] * len(grads)
     for_kernel: dict[tuple[torch.dtype, float], list[int]] = {}
@@ -90,7 +93,7 @@ def usable(grads: Sequence[Tensor], limits: Sequence[float]) -> list[bool]:
     for i, (grad, limit) in enumerate(zip(grads, limits, strict=True)):
         if grad.numel() == 0:
             continue
-        if kernel.found() and kernel.takes(grad):
+        if fused[i] is not False and kernel.found() and kernel.takes(grad):
             for_kernel.setdefault((grad.dtype, limit), []).append(i)
         elif grad.is_cpu and type(grad) is Tensor:
             verdicts[i] = _usable_on_cpu(grad, limit)

@@ -287,6 +287,11 @@ def test_choice_of_the_path(monkeypatch, device, foreach, fused, with_a_kernel, 
     assert chosen is getattr(paths, expected)
 
 
+def test_fused_false_keeps_away_from_a_kernel_that_lies_ready(with_kernel, monkeypatch):
+    monkeypatch.setattr(kernel, "_library", lambda: pytest.fail("takes the kernel"))
+    CLASSPOptimizer(mixed_parameters(), fused=False).step()
+
+
 def test_default_never_compiles(empty_cache, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiles"))
     CLASSPOptimizer(mixed_parameters()).step()
@@ -310,10 +315,12 @@ def test_unusable_gradient_changes_nothing_on_any_path(built, choice, bad):
     assert_same(params, before)
 
 
+@parametrize("fused", [None, False])
 @parametrize("threads", [1, 2])
 @parametrize("value", [torch.nan, torch.inf, -torch.inf, 11.0, -11.0])
 @parametrize("dtype", [torch.float32, torch.float64])
-def test_every_unusable_entry_is_found(built, dtype, value, threads):
+def test_every_unusable_entry_is_found(built, dtype, value, threads, fused):
+    usable = partial(paths.usable, limits=[10.0] * 3, fused=[fused] * 3)
     sizes = [3, 100_003, 40]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -321,9 +328,9 @@ def test_every_unusable_entry_is_found(built, dtype, value, threads):
         for k, size in enumerate(sizes):
             for place in {0, 1, size // 2, size - 1}:
                 grads = [torch.full((n,), -10.0, dtype=dtype) for n in sizes]
-                assert paths.usable(grads, [10.0] * 3) == [True] * 3
+                assert usable(grads) == [True] * 3
                 grads[k][place] = value
-                assert paths.usable(grads, [10.0] * 3) == [i != k for i in range(3)]
+                assert usable(grads) == [i != k for i in range(3)]
     finally:
         torch.set_num_threads(before)
 
