@@ -282,7 +282,8 @@ class CLASSPOptimizer(Optimizer):
             )
             dense = []
             for p in group["params"]:
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
                 state = self.state[p]
                 # The key and not the dict: Avalanche leaves an empty dict for a new head.
@@ -290,10 +291,10 @@ class CLASSPOptimizer(Optimizer):
                     state["accumulator"] = torch.zeros_like(
                         p, dtype=accumulator_dtype(p), memory_format=torch.preserve_format
                     )
-                if p.grad.is_sparse:
-                    sparse_update_(p, p.grad, state["accumulator"], rule)
+                if grad.is_sparse:
+                    sparse_update_(p, grad, state["accumulator"], rule)
                 else:
-                    dense.append((p, p.grad, state["accumulator"]))
+                    dense.append((p, grad, state["accumulator"]))
             update_(dense, rule, group["foreach"], group["fused"])
         return loss
 
@@ -302,17 +303,18 @@ class CLASSPOptimizer(Optimizer):
         grads, limits, fused, places = [], [], [], []
         for group_index, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
-                if p.grad is None:
+                grad = p.grad
+                if grad is None:
                     continue
-                if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                if grad.layout not in (torch.strided, torch.sparse_coo):
                     raise RuntimeError(
                         f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} "
-                        f"of group {group_index} has one of layout {p.grad.layout}"
+                        f"of group {group_index} has one of layout {grad.layout}"
                     )
                 if group["nonfinite"] == "skip":
                     continue
                 # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
-                grads.append(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
+                grads.append(grad.coalesce().values() if grad.is_sparse else grad)
                 limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
                 fused.append(group["fused"])
                 places.append((group_index, index))

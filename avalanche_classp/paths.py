@@ -37,6 +37,9 @@ Path = Callable[[Sequence[Triple], Rule], None]
 _BLOCK = 1 << 18
 """Entries: enough for the cost of a call not to count, few enough for the caches."""
 
+_SMALL = 1 << 13
+"""Entries whose temporaries cost less than views of buffers."""
+
 
 def choose_path(device: torch.device, foreach: bool | None, fused: bool | None) -> Path:
     """Return the path for the parameters on a device.
@@ -113,11 +116,17 @@ def usable(
 def _usable_on_cpu(grad: Tensor, limit: float) -> bool:
     if grad.dtype in (torch.float32, torch.float64) and grad.is_contiguous():
         # A sum of squares takes half the time, and no entry is above its root.
-        flat = grad.detach().view(-1)
-        if torch.dot(flat, flat).item() < 0.9 * min(limit * limit, torch.finfo(grad.dtype).max):
+        flat = grad.view(-1)
+        if torch.dot(flat, flat).item() < _sure_sum(grad.dtype, limit):
             return True
     low, high = (end.item() for end in torch.aminmax(grad))
     return -limit <= low and high <= limit  # False for NaN
+
+
+@lru_cache(maxsize=256)
+def _sure_sum(dtype: torch.dtype, limit: float) -> float:
+    """Return a sum of squares below which no entry is above the limit, rounding included."""
+    return 0.9 * min(limit * limit, torch.finfo(dtype).max)
 
 
 def _loop(triples: Sequence[Triple], rule: Rule) -> None:
@@ -145,7 +154,8 @@ def _kernel(triples: Sequence[Triple], rule: Rule) -> None:
 
 def _blocks(triples: Sequence[Triple], rule: Rule) -> None:
     for param, grad, accumulator in triples:
-        flat = _flattened(param, grad, accumulator)
+        small = param.numel() <= _SMALL
+        flat = None if small else _flattened(param, grad, accumulator)
         if flat is None:
             classp_update_(param, grad, accumulator, rule)
         else:
@@ -189,13 +199,13 @@ def _update_block_(p: Tensor, g: Tensor, a: Tensor, rule: Rule, x: Tensor, y: Te
 def _flattened(*tensors: Tensor) -> list[Tensor] | None:
     """Return views with one dimension, or None where the tensors' memory is not in one order."""
     if all(t.is_contiguous() for t in tensors):
-        return [t.detach().view(-1) for t in tensors]
+        return [t.view(-1) for t in tensors]
     first = tensors[0]
     if first.layout != torch.strided or any(t.stride() != first.stride() for t in tensors):
         return None
     if not kernel.is_dense(tuple(first.shape), first.stride()):
         return None
-    return [t.detach().as_strided((t.numel(),), (1,)) for t in tensors]
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
 def _cut(flat: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

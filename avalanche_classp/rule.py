@@ -56,9 +56,11 @@ def classp_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule)
         rule: the hyper-parameters.
     """
     dtype = accumulator.dtype
-    # hardshrink keeps the gradients with |g| > cutoff and makes the others zero. A zero gradient
-    # changes neither A nor w, so nothing below needs a mask.
-    g = torch.nn.functional.hardshrink(grad.to(dtype), cutoff(rule.threshold, dtype))
+    g = grad.to(dtype)
+    if rule.threshold > 0:
+        # hardshrink keeps the gradients with |g| > cutoff and makes the others zero. A zero
+        # gradient changes neither A nor w, so nothing below needs a mask.
+        g = torch.nn.functional.hardshrink(g, cutoff(rule.threshold, dtype))
     if rule.skip_nonfinite:
         g = torch.where(g.abs() <= largest_usable_gradient(dtype, rule.power), g, 0.0)
     step = rule.lr if rule.maximize else -rule.lr

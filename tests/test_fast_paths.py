@@ -80,6 +80,7 @@ def path(request, monkeypatch):
         request.getfixturevalue("with_kernel")
     if request.param == "blocks":
         monkeypatch.setattr(paths, "_BLOCK", 64)
+        monkeypatch.setattr(paths, "_SMALL", 1)
         monkeypatch.setattr(paths, "_kept", type("Kept", (), {})())
     if request.param == "compiled":  # traced as for a GPU, but run by eager operations
         torch._dynamo.reset()
@@ -169,7 +170,9 @@ def test_kernel_and_blocks_do_what_the_loop_does(built, data, power, epsilon, th
     expected = after_the_loop([triple], rule)
     for name in ["blocks", "kernel"] if built else ["blocks"]:
         after = copies([triple])
-        take(name, after, rule)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paths, "_SMALL", 0)
+            take(name, after, rule)
         assert_alike(name, after, expected, rule)
 
 

@@ -1,19 +1,10 @@
-"""What the in-memory data path gains, and what CLASSP costs on it: python -m experiments.speed.
-
-Everything is measured in one process on one machine, in turn (stock, in memory, stock, …), so that
-what disturbs the machine disturbs both. Ratios are taken within a pair and reported as their
-median, with the lowest and the highest.
-"""
+"""What the in-memory data path gains end to end, and what CLASSP costs on it."""
 
 from __future__ import annotations
 
-import argparse
-import platform
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,35 +60,6 @@ class Seconds:
         return sum(self.train) + self.evaluation
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for and print it."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.speed", description=__doc__)
-    parser.add_argument(
-        "cases", nargs="*", metavar="CASE", help=f"of {', '.join((*CASES, 'classp'))}; default all"
-    )
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one pair, fewer experiences")
-    parser.add_argument("--data-root", type=Path, help="folder of the datasets")
-    options = parser.parse_args(arguments)
-    unknown = set(options.cases) - {*CASES, "classp"}
-    if unknown or options.pairs < 1 or options.threads < 1:
-        parser.error(f"{sorted(unknown) or 'a number below 1'} is not possible")
-    torch.set_num_threads(options.threads)
-    pairs = 1 if options.quick else options.pairs
-    _print_machine(options.threads)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No loggers specified")
-        for name in options.cases or [*CASES, "classp"]:
-            if name == "classp":
-                measure_classp(pairs, options.data_root)
-            else:
-                case = CASES[name]
-                measure_loading(
-                    name, case, case.experiences[not options.quick], pairs, options.data_root
-                )
-
-
 def measure_loading(
     name: str, case: Case, experiences: int, pairs: int, data_root: Path | None
 ) -> None:
@@ -118,6 +80,7 @@ def measure_loading(
         for a, b in zip(slow.weights, fast.weights, strict=True)
     )
     print(f"\n{name}, {case.model}, {experiences} experiences, same weights: {same}")
+    print(f"mini-batches of {TRAIN_BATCH} in training and {EVAL_BATCH} in evaluation")
     _print_ratio("train and eval", turns, lambda run: run.total, f"target {case.target}")
     _print_ratio("train", turns, lambda run: sum(run.train))
     _print_ratio("eval", turns, lambda run: run.evaluation)
@@ -185,22 +148,6 @@ def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str) -> Sec
         result.evaluation += time.perf_counter() - trained
     result.weights = [p.detach().clone() for p in strategy.model.parameters()]
     return result
-
-
-def _print_machine(threads: int) -> None:
-    packages = ("torch", "torchvision", "avalanche-lib", "numpy")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    print(f"{_processor()}, {threads} thread(s); Python {platform.python_version()}, {versions}")
-    print(f"mini-batches of {TRAIN_BATCH} in training and {EVAL_BATCH} in evaluation")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.machine()
 
 
 def _print_ratio(
@@ -277,7 +224,3 @@ def _network_seconds(model: nn.Module, benchmark: Any) -> float:
         for x, _, _ in test * len(benchmark.train_stream):
             model(x)
     return time.perf_counter() - began
-
-
-if __name__ == "__main__":
-    main()

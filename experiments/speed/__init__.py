@@ -1,0 +1,1 @@
+"""Benchmarks of speed and memory; ``python -m experiments.speed`` runs them."""

@@ -1,0 +1,84 @@
+"""The benchmarks of speed and memory: python -m experiments.speed [CASE …].
+
+Everything is measured in one process on one machine, in turn (one, the other, one, …), so that
+what disturbs the machine disturbs both. Ratios are taken within a pair and reported as their
+median, with the lowest and the highest.
+
+Cases: step (a step against AdaGrad's), split-mnist, permuted-mnist, split-cifar10 (Avalanche's
+data loading against in_memory, training and evaluation), classp (against naive SGD and EWC),
+growth (5, 20 and 100 experiences), startup (imports).
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.speed.growth import measure_growth
+from experiments.speed.loop import CASES, measure_classp, measure_loading
+from experiments.speed.measure import machine
+from experiments.speed.startup import measure_startup
+from experiments.speed.step import measure_step
+
+ALL_CASES = ("step", *CASES, "classp", "growth", "startup")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for and print it."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    print(machine(options.threads), flush=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        for case in options.cases or ALL_CASES:
+            _measure(case, options)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(ALL_CASES)}; default all"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="turns in step (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch's (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one pair, short streams")
+    parser.add_argument("--data-root", type=Path, help="folder of the datasets")
+    parser.add_argument("--output", type=Path, help="folder for the growth figure (default: none)")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.cases) - set(ALL_CASES)):
+        parser.error(f"unknown case {unknown[0]!r}; cases are {', '.join(ALL_CASES)}")
+    for name in ("pairs", "rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return options
+
+
+def _measure(case: str, options: argparse.Namespace) -> None:
+    pairs = 1 if options.quick else options.pairs
+    if case == "step":
+        measure_step(2 if options.quick else options.rounds)
+    elif case == "startup":
+        measure_startup(pairs)
+    elif case == "growth":
+        lengths = (2, 3) if options.quick else (5, 20, 100)
+        measure_growth(lengths, options.data_root, options.output)
+    elif case == "classp":
+        measure_classp(pairs, options.data_root)
+    else:
+        experiences = CASES[case].experiences[not options.quick]
+        measure_loading(case, CASES[case], experiences, pairs, options.data_root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""How the benchmarks measure, compare and print."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+
+def machine(threads: int) -> str:
+    """Return a line on the processor and the versions."""
+    packages = ("torch", "torchvision", "avalanche-lib", "numpy")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{_processor()}, {threads} thread(s); Python {platform.python_version()}, {versions}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.machine()
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, calls: int = 3
+) -> dict[str, list[float]]:
+    """Time each contender in turn, over and over, so that what disturbs one disturbs all.
+
+    Args:
+        contenders: what to time, by name.
+        rounds: how often each has its turn.
+        calls: calls in a turn, of which the median counts.
+
+    Returns:
+        Seconds of a call, one number for each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            turn = []
+            for _ in range(calls):
+                began = time.perf_counter()
+                call()
+                turn.append(time.perf_counter() - began)
+            seconds[name].append(median(turn))
+    return seconds
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> str:
+    """Return the median of the paired ratios with the lowest and the highest."""
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    return f"{median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]"
