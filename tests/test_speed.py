@@ -1,0 +1,80 @@
+"""The benchmarks run and count rightly; what they measure no test asserts."""
+
+import csv
+
+import pytest
+import torch
+from small_data import write_mnist
+from torch import nn
+
+from experiments.speed import growth, loop, step
+from experiments.speed.__main__ import main
+from experiments.speed.measure import in_turn, ratio
+
+
+def test_contenders_take_turns_and_the_median_call_of_a_turn_counts(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def contender(name, durations):
+        def call():
+            order.append(name)
+            clock[0] += durations[order.count(name) - 1]
+
+        return call
+
+    calls = {"a": contender("a", [1, 9, 2, 5, 5, 5]), "b": contender("b", [3, 3, 7, 1, 1, 1])}
+    assert in_turn(calls, rounds=2, calls=3) == {"a": [2, 5], "b": [3, 1]}
+    assert order == ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3
+
+
+def test_ratios_are_paired():
+    assert ratio([1.0, 8.0, 9.0], [2.0, 2.0, 3.0]) == "3.00 [0.50 to 4.00]"
+
+
+def test_step_compares_every_way(monkeypatch, capsys):
+    monkeypatch.setattr(step, "MODELS", {"tiny": lambda: nn.Linear(4, 3)})
+    main(["step", "--quick"])
+    printed = capsys.readouterr().out
+    assert "tiny, 0.00 M parameters in 2 tensors, n = 2" in printed
+    assert all(f"  {first} / {second}: " in printed for first, second in step.PAIRS)
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche's own
+def test_growth_counts_classps_four_bytes_and_draws(tmp_path, capsys):
+    write_mnist(tmp_path)
+    main(["growth", "--quick", "--data-root", str(tmp_path), "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert printed.count(" and 4.0 bytes a parameter at") == 2
+    with open(tmp_path / "out" / "growth.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * len(growth.METHOD_NAMES)
+    sizes = [int(row["state_bytes"]) for row in rows if row["method"] == "ewc"]
+    assert sizes[0] < sizes[1] < sizes[2]  # two copies of the model for each experience
+    assert (tmp_path / "out" / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["split-mnist", "classp"])
+def test_loop_ends_with_the_same_weights(case, tmp_path, capsys):
+    write_mnist(tmp_path)
+    main([case, "--quick", "--data-root", str(tmp_path)])
+    printed = capsys.readouterr().out
+    expected = "same weights: True" if case in loop.CASES else "naive / CLASSP"
+    assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["steps"], "unknown case 'steps'; cases are step,"),
+        (["step", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_give_one_line(arguments, message, capsys):
+    before = torch.get_num_threads()
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert torch.get_num_threads() == before
