@@ -17,6 +17,7 @@ from avalanche_classp.optimizer import (
 
 if TYPE_CHECKING:
     from avalanche_classp.in_memory_data import in_memory
+    from avalanche_classp.metrics import classp_metrics
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
     from avalanche_classp.strategy import CLASSP
 
@@ -27,6 +28,7 @@ __all__ = [
     "CLASSPPlugin",
     "CLASSP_optimizer",
     "NonFiniteGradientError",
+    "classp_metrics",
     "in_memory",
 ]
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ _NEEDS_AVALANCHE = {
     "CLASSP": "strategy",
     "CLASSPPlugin": "plugin",
     "PAPER_PHASES": "plugin",
+    "classp_metrics": "metrics",
     "in_memory": "in_memory_data",
 }
 

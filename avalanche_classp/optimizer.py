@@ -29,6 +29,7 @@ __all__ = [
     "CLASSPOptimizer",
     "CLASSP_optimizer",
     "NonFiniteGradientError",
+    "rule_of",
     "validate_hyperparameters",
 ]
 
@@ -271,15 +272,7 @@ class CLASSPOptimizer(Optimizer):
 
         self._check_gradients()
         for group in self.param_groups:
-            rule = Rule(
-                lr=float(group["lr"]),
-                threshold=float(group["threshold"]),
-                epsilon=float(group["epsilon"]),
-                power=float(group["power"]),
-                apply_decay=group["apply_decay"],
-                maximize=group["maximize"],
-                skip_nonfinite=group["nonfinite"] == "skip",
-            )
+            rule = rule_of(group)
             dense = []
             for p in group["params"]:
                 grad = p.grad
@@ -333,6 +326,19 @@ class CLASSPOptimizer(Optimizer):
             f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
             f"pass nonfinite='skip' to leave such weights as they are"
         )
+
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """Return the update rule of a parameter group."""
+    return Rule(
+        lr=float(group["lr"]),
+        threshold=float(group["threshold"]),
+        epsilon=float(group["epsilon"]),
+        power=float(group["power"]),
+        apply_decay=group["apply_decay"],
+        maximize=group["maximize"],
+        skip_nonfinite=group["nonfinite"] == "skip",
+    )
 
 
 CLASSP_optimizer = CLASSPOptimizer

@@ -1,0 +1,495 @@
+"""Metrics that show CLASSP at work, for Avalanche's EvaluationPlugin.
+
+``docs/metrics.md`` says how to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import phase_and_task, stream_type
+from torch import Tensor
+
+from avalanche_classp.optimizer import CLASSPOptimizer, rule_of
+from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
+
+__all__ = [
+    "AccumulatorMetric",
+    "CLASSPMetric",
+    "EffectiveRateMetric",
+    "FreeMetric",
+    "Layer",
+    "MovementMetric",
+    "OverlapMetric",
+    "UpdatedMetric",
+    "classp_metrics",
+    "effective_rate",
+    "layers",
+]
+
+QUANTILES = (0.1, 0.5, 0.9)
+FREE_SHARE = 0.1
+
+_SAMPLE = 1 << 14
+"""Weights that quantiles are taken of: a rank is then right to about 0.004."""
+
+_SUFFIXES = {"minibatch": "MB", "epoch": "Epoch", "experience": "Exp"}
+
+
+class Layer(NamedTuple):
+    """A parameter with what CLASSP knows of it.
+
+    Attributes:
+        name: its name in the model.
+        param: the weights.
+        grad: their last gradient, if there is one.
+        accumulator: A, of the same shape; zeros where it was never updated.
+        rule: the hyper-parameters of its group.
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor | None
+    accumulator: Tensor
+    rule: Rule
+
+
+def layers(strategy: Any) -> Iterator[Layer]:
+    """Return each parameter that CLASSP trains, in the order of the model.
+
+    Args:
+        strategy: an Avalanche strategy whose optimizer is a CLASSPOptimizer.
+
+    Raises:
+        ValueError: its optimizer is another.
+    """
+    optimizer = strategy.optimizer
+    if not isinstance(optimizer, CLASSPOptimizer):
+        raise ValueError(
+            f"classp_metrics needs a strategy that CLASSP trains, but its optimizer is "
+            f"{type(optimizer).__name__}; add CLASSPPlugin() to its plugins"
+        )
+    rules = {p: rule_of(group) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in strategy.model.named_parameters():
+        if p in rules:
+            accumulator = optimizer.state.get(p, {}).get("accumulator")
+            if accumulator is None:
+                accumulator = torch.zeros_like(p.detach(), dtype=accumulator_dtype(p))
+            yield Layer(name, p.detach(), p.grad, accumulator, rules[p])
+
+
+def effective_rate(accumulator: Tensor, rule: Rule) -> Tensor:
+    """Return what a gradient is multiplied with: lr / (epsilon + A)^(1/power), elementwise.
+
+    It is lr without ``apply_decay``, and infinite where epsilon and A are 0.
+    """
+    if not rule.apply_decay:
+        return torch.full_like(accumulator, rule.lr)
+    return rule.lr / (rule.epsilon + accumulator) ** (1 / rule.power)
+
+
+class CLASSPMetric(PluginMetric[dict[str, float]]):
+    """What all metrics of CLASSP share: when they look, and the names of what they emit.
+
+    A name is ``CLASSP_KIND_Epoch/train_phase/train_stream``, with ``_MB`` for mini-batches and
+    ``_Exp`` for experiences, then perhaps ``/mean`` or ``/quantile_0.5``, then, ``per_layer``,
+    the parameter's name. The x of a value is the number of training iterations so far.
+
+    Args:
+        at: ``minibatch``, ``epoch`` or ``experience``: what a value is of.
+        per_layer: also a value for each parameter. Default: False, the whole model alone.
+    """
+
+    kind: str
+
+    def __init__(self, at: str, per_layer: bool = False) -> None:
+        super().__init__()
+        if at not in _SUFFIXES:
+            raise ValueError(f"at must be one of {', '.join(_SUFFIXES)}, got {at!r}")
+        self.at = at
+        self.per_layer = per_layer
+        self._values: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return f"CLASSP_{self.kind}_{_SUFFIXES[self.at]}"
+
+    def result(self) -> dict[str, float]:
+        """Return the last values by what follows the metric's name; "" is the whole model."""
+        return dict(self._values)
+
+    def reset(self) -> None:
+        """Forget the last values."""
+        self._values = {}
+
+    def begin(self, found: Sequence[Layer]) -> None:
+        """Note what is needed of the beginning of an epoch or experience."""
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the values for these layers taken together, by what follows the name."""
+        raise NotImplementedError
+
+    def end(self, found: Sequence[Layer]) -> None:
+        """Forget what was noted."""
+
+    def before_training(self, strategy: Any) -> None:
+        """Refuse a strategy that CLASSP does not train."""
+        list(layers(strategy))
+
+    def before_training_exp(self, strategy: Any) -> None:
+        """Begin, if the metric is of experiences."""
+        if self.at == "experience":
+            self.begin(list(layers(strategy)))
+
+    def before_training_epoch(self, strategy: Any) -> None:
+        """Begin, if the metric is of epochs."""
+        if self.at == "epoch":
+            self.begin(list(layers(strategy)))
+
+    def after_training_iteration(self, strategy: Any) -> list[MetricValue] | None:
+        """Emit, if the metric is of mini-batches."""
+        return self._emit(strategy) if self.at == "minibatch" else None
+
+    def after_training_epoch(self, strategy: Any) -> list[MetricValue] | None:
+        """Emit, if the metric is of epochs."""
+        return self._emit(strategy) if self.at == "epoch" else None
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue] | None:
+        """Emit, if the metric is of experiences."""
+        return self._emit(strategy) if self.at == "experience" else None
+
+    @torch.no_grad()
+    def _emit(self, strategy: Any) -> list[MetricValue]:
+        found = list(layers(strategy))
+        self._values = self.compute(found)
+        if self.per_layer:
+            for layer in found:
+                for what, value in self.compute([layer]).items():
+                    self._values[f"{what}/{layer.name}"] = value
+        self.end(found)
+        phase, _ = phase_and_task(strategy)
+        base = f"{self}/{phase}_phase/{stream_type(strategy.experience)}_stream"
+        x = strategy.clock.train_iterations
+        return [MetricValue(self, base + what, value, x) for what, value in self._values.items()]
+
+
+class UpdatedMetric(CLASSPMetric):
+    """Share of the weights that were updated.
+
+    Of a mini-batch: those whose last gradient was above the threshold. Of an epoch or experience:
+    those whose accumulator grew; for that it keeps a copy of the accumulators meanwhile.
+    """
+
+    kind = "Updated"
+
+    def __init__(self, at: str, per_layer: bool = False) -> None:
+        super().__init__(at, per_layer)
+        self._before: dict[str, Tensor] = {}
+
+    def begin(self, found: Sequence[Layer]) -> None:
+        """Copy the accumulators."""
+        self._before = {layer.name: layer.accumulator.clone() for layer in found}
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the share."""
+        if self.at == "minibatch":
+            counts = [_chosen(layer).count_nonzero() for layer in found]
+        else:
+            counts = [_grown(layer, self._before).count_nonzero() for layer in found]
+        return {"": _total(counts) / max(1, sum(layer.param.numel() for layer in found))}
+
+    def end(self, found: Sequence[Layer]) -> None:
+        """Drop the copy."""
+        self._before = {}
+
+
+class _OfState(CLASSPMetric):
+    """A distribution over the weights: its mean, and quantiles of a sample."""
+
+    def __init__(
+        self, at: str, per_layer: bool = False, quantiles: Sequence[float] = QUANTILES
+    ) -> None:
+        super().__init__(at, per_layer)
+        self.quantiles = tuple(quantiles)
+
+    def of(self, layer: Layer) -> Tensor:
+        """Return what the distribution is of, for each weight of a layer."""
+        raise NotImplementedError
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the mean and the quantiles."""
+        size = sum(layer.param.numel() for layer in found)
+        places = _places(size)
+        sums, sample, start = [], [], 0
+        for layer in found:
+            values = self.of(layer).flatten()
+            sums.append(values.sum(dtype=torch.float64))
+            low, high = torch.searchsorted(places, torch.tensor([start, start + len(values)]))
+            sample.append(values[(places[low:high] - start).to(values.device)].double())
+            start += len(values)
+        result = {"/mean": _total(sums) / max(1, size)}
+        if size:
+            ordered = torch.cat(sample).sort().values
+            ranks = [int(q * (len(ordered) - 1)) for q in self.quantiles]
+            for q, value in zip(self.quantiles, ordered[ranks].tolist(), strict=True):
+                result[f"/quantile_{q:g}"] = value
+        return result
+
+
+class AccumulatorMetric(_OfState):
+    """Mean and quantiles of the accumulators A."""
+
+    kind = "Accumulator"
+
+    def of(self, layer: Layer) -> Tensor:
+        """Return A."""
+        return layer.accumulator
+
+
+class EffectiveRateMetric(_OfState):
+    """Mean and quantiles of the effective learning rate lr / (epsilon + A)^(1/power)."""
+
+    kind = "EffectiveRate"
+
+    def of(self, layer: Layer) -> Tensor:
+        """Return the rate."""
+        return effective_rate(layer.accumulator, layer.rule)
+
+
+class FreeMetric(CLASSPMetric):
+    """Share of the weights that are still free: effective rate at least ``share`` of its start.
+
+    The start is lr / epsilon^(1/power), the rate of a weight without history; the lr itself does
+    not matter. With epsilon 0 a weight is free until its first update. Without ``apply_decay`` all
+    are free.
+    """
+
+    kind = "Free"
+
+    def __init__(self, at: str, per_layer: bool = False, share: float = FREE_SHARE) -> None:
+        super().__init__(at, per_layer)
+        self.share = share
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the share."""
+        counts = [self._free(layer).count_nonzero() for layer in found]
+        return {"": _total(counts) / max(1, sum(layer.param.numel() for layer in found))}
+
+    def _free(self, layer: Layer) -> Tensor:
+        rule = layer.rule
+        if not rule.apply_decay:
+            return torch.ones_like(layer.accumulator, dtype=torch.bool)
+        # Both sides to the power p, so that nothing is divided by zero.
+        total = rule.epsilon + layer.accumulator
+        return (rule.epsilon >= self.share**rule.power * total) | (layer.accumulator == 0)
+
+
+class MovementMetric(CLASSPMetric):
+    """How far the weights moved since the beginning of the experience, as the root mean square.
+
+    It keeps a copy of the weights meanwhile. Weights that came meanwhile (a head that an
+    evaluation made larger) do not count.
+    """
+
+    kind = "Movement"
+
+    def __init__(self, at: str = "experience", per_layer: bool = False) -> None:
+        super().__init__(at, per_layer)
+        self._before: dict[str, Tensor] = {}
+
+    def begin(self, found: Sequence[Layer]) -> None:
+        """Copy the weights."""
+        self._before = {layer.name: layer.param.clone() for layer in found}
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the root mean square."""
+        squares, count = [], 0
+        for layer in found:
+            before = self._before.get(layer.name)
+            if before is None or before.dim() != layer.param.dim():
+                continue
+            now, before = _common(layer.param, before)
+            squares.append((now.double() - before.double()).square().sum())
+            count += now.numel()
+        return {"": (_total(squares) / max(1, count)) ** 0.5}
+
+    def end(self, found: Sequence[Layer]) -> None:
+        """Drop the copy."""
+        self._before = {}
+
+
+class OverlapMetric(CLASSPMetric):
+    """Share of the weights updated in this experience that an earlier one had updated, too.
+
+    0 in the first experience. It keeps one bool for each weight, and a copy of the accumulators
+    during an experience.
+    """
+
+    kind = "Overlap"
+
+    def __init__(self, at: str = "experience", per_layer: bool = False) -> None:
+        super().__init__(at, per_layer)
+        self._before: dict[str, Tensor] = {}
+        self._used: dict[str, Tensor] = {}
+
+    def begin(self, found: Sequence[Layer]) -> None:
+        """Copy the accumulators, and note which weights were used before."""
+        self._before = {layer.name: layer.accumulator.clone() for layer in found}
+
+    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+        """Return the share."""
+        grown = [_grown(layer, self._before) for layer in found]
+        both = [
+            (now & _fitted(self._used.get(layer.name), now)).count_nonzero()
+            for layer, now in zip(found, grown, strict=True)
+        ]
+        updated = _total([now.count_nonzero() for now in grown])
+        return {"": _total(both) / max(1, updated)}
+
+    def end(self, found: Sequence[Layer]) -> None:
+        """Add this experience's weights to those used, and drop the copy."""
+        for layer in found:
+            now = _grown(layer, self._before)
+            self._used[layer.name] = now | _fitted(self._used.get(layer.name), now)
+        self._before = {}
+
+
+def classp_metrics(
+    *,
+    minibatch: bool = False,
+    epoch: bool = False,
+    experience: bool = False,
+    per_layer: bool = False,
+    quantiles: Sequence[float] = QUANTILES,
+    free_share: float = FREE_SHARE,
+) -> list[CLASSPMetric]:
+    """Make metrics that show CLASSP at work, for ``EvaluationPlugin(*classp_metrics(...), ...)``.
+
+    Each is computed on the optimizer's device from its state, when it is emitted; without metrics
+    nothing is computed or kept. All are of training.
+
+    * ``CLASSP_Updated``: share of the weights updated, see :class:`UpdatedMetric`.
+    * ``CLASSP_Accumulator``: mean and quantiles of A.
+    * ``CLASSP_EffectiveRate``: mean and quantiles of lr / (epsilon + A)^(1/power).
+    * ``CLASSP_Free``: share of the weights whose effective rate is at least ``free_share`` of its
+      start.
+    * ``CLASSP_Movement``: root mean square of how far the weights moved in the experience.
+    * ``CLASSP_Overlap``: share of the weights updated in the experience that an earlier one used.
+
+    Args:
+        minibatch: emit Updated after each iteration; reads all gradients and waits for the device.
+        epoch: emit the first four after each epoch. Keeps a copy of the accumulators.
+        experience: emit all after each experience. Keeps copies of the weights and, twice, of the
+            accumulators during an experience, and a bool for each weight between them.
+        per_layer: also emit them for each parameter, under its name.
+        quantiles: of Accumulator and EffectiveRate, each from 0 to 1. They are taken of at most
+            16384 weights drawn once for each size, with replacement.
+        free_share: above 0 and at most 1.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        TypeError: a wrong type.
+        ValueError: nothing is to be emitted, or a value out of its range; at the start of
+            training: a strategy that CLASSP does not train.
+    """
+    wanted = {"minibatch": minibatch, "epoch": epoch, "experience": experience}
+    for name, value in {**wanted, "per_layer": per_layer}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if not any(wanted.values()):
+        raise ValueError("nothing to emit: give minibatch=True, epoch=True or experience=True")
+    _validate_quantiles(quantiles)
+    _validate_share(free_share)
+    metrics: list[CLASSPMetric] = []
+    if minibatch:
+        metrics.append(UpdatedMetric("minibatch", per_layer))
+    for at in ("epoch", "experience"):
+        if wanted[at]:
+            metrics += [
+                UpdatedMetric(at, per_layer),
+                AccumulatorMetric(at, per_layer, quantiles),
+                EffectiveRateMetric(at, per_layer, quantiles),
+                FreeMetric(at, per_layer, free_share),
+            ]
+    if experience:
+        metrics += [MovementMetric(per_layer=per_layer), OverlapMetric(per_layer=per_layer)]
+    return metrics
+
+
+def _chosen(layer: Layer) -> Tensor:
+    """Return which of the entries that the last gradient names were updated by it."""
+    if layer.grad is None:
+        return torch.zeros(1, dtype=torch.bool, device=layer.param.device)
+    dtype = layer.accumulator.dtype
+    grad = layer.grad.coalesce().values() if layer.grad.is_sparse else layer.grad
+    size = grad.to(dtype).abs()
+    chosen = size > cutoff(layer.rule.threshold, dtype)
+    if layer.rule.skip_nonfinite:
+        chosen &= size <= largest_usable_gradient(dtype, layer.rule.power)
+    return chosen
+
+
+def _grown(layer: Layer, before: dict[str, Tensor]) -> Tensor:
+    """Return where the accumulator is larger than it was; new weights began at 0."""
+    old = before.get(layer.name)
+    if old is None:
+        return layer.accumulator > 0
+    if old.shape == layer.accumulator.shape:
+        return layer.accumulator > old
+    return layer.accumulator > _fitted(old, layer.accumulator)
+
+
+def _fitted(old: Tensor | None, like: Tensor) -> Tensor:
+    """Return the old values in the shape of another tensor, zero where it has grown."""
+    if old is not None and old.shape == like.shape:
+        return old
+    fitted = torch.zeros_like(like)
+    if old is not None and old.dim() == like.dim():
+        into, values = _common(fitted, old)
+        into.copy_(values)
+    return fitted
+
+
+def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part that two tensors of as many dimensions have in common: a growing head."""
+    where = tuple(slice(min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
+    return a[where], b[where]
+
+
+def _total(parts: Sequence[Tensor]) -> float:
+    """Add up numbers on a device and wait for it once."""
+    return torch.stack([part.double() for part in parts]).sum().item() if parts else 0.0
+
+
+@lru_cache(maxsize=64)
+def _places(size: int) -> Tensor:
+    """Return which of so many weights the quantiles are taken of, in ascending order."""
+    if size <= _SAMPLE:
+        return torch.arange(size)
+    # A generator of its own: training draws the same random numbers as without metrics. Not at
+    # regular distances, which could hit the same few columns of a matrix.
+    generator = torch.Generator().manual_seed(size)
+    return torch.randint(size, (_SAMPLE,), generator=generator).sort().values
+
+
+def _validate_quantiles(quantiles: Sequence[float]) -> None:
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise TypeError(f"quantiles must be a sequence of numbers, got {quantiles!r}")
+    for q in quantiles:
+        if isinstance(q, bool) or not isinstance(q, int | float):
+            raise TypeError(f"quantiles must be numbers, got {q!r}")
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantiles must be from 0 to 1, got {q!r}")
+
+
+def _validate_share(share: float) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"free_share must be a number, got {share!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"free_share must be above 0 and at most 1, got {share!r}")
