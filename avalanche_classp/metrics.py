@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ __all__ = [
 QUANTILES = (0.1, 0.5, 0.9)
 FREE_SHARE = 0.1
 
-_SAMPLE = 1 << 14
-"""Weights that quantiles are taken of: a rank is then right to about 0.004."""
+_SAMPLE = 1 << 13
+"""Weights of a layer that quantiles are taken of: a rank is then right to about 0.006."""
 
 _SUFFIXES = {"minibatch": "MB", "epoch": "Epoch", "experience": "Exp"}
 
@@ -129,11 +129,15 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
     def begin(self, found: Sequence[Layer]) -> None:
         """Note what is needed of the beginning of an epoch or experience."""
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
-        """Return the values for these layers taken together, by what follows the name."""
+    def part(self, layer: Layer) -> Any:
+        """Return what a layer contributes; called once for each value's time and layer."""
         raise NotImplementedError
 
-    def end(self, found: Sequence[Layer]) -> None:
+    def combine(self, parts: Iterable[Any]) -> dict[str, float]:
+        """Return the values of layers taken together, by what follows the metric's name."""
+        raise NotImplementedError
+
+    def end(self) -> None:
         """Forget what was noted."""
 
     def before_training(self, strategy: Any) -> None:
@@ -165,19 +169,31 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
     @torch.no_grad()
     def _emit(self, strategy: Any) -> list[MetricValue]:
         found = list(layers(strategy))
-        self._values = self.compute(found)
+        parts: Iterable[Any] = map(self.part, found)
         if self.per_layer:
-            for layer in found:
-                for what, value in self.compute([layer]).items():
+            parts = list(parts)
+        self._values = self.combine(parts)
+        if self.per_layer:
+            for layer, part in zip(found, parts, strict=True):
+                for what, value in self.combine([part]).items():
                     self._values[f"{what}/{layer.name}"] = value
-        self.end(found)
+        self.end()
         phase, _ = phase_and_task(strategy)
         base = f"{self}/{phase}_phase/{stream_type(strategy.experience)}_stream"
         x = strategy.clock.train_iterations
         return [MetricValue(self, base + what, value, x) for what, value in self._values.items()]
 
 
-class UpdatedMetric(CLASSPMetric):
+class _Share(CLASSPMetric):
+    """A sum over the weights divided by another; a part holds both."""
+
+    def combine(self, parts: Iterable[tuple[Tensor, Tensor | int]]) -> dict[str, float]:
+        """Return the share; 0 of nothing."""
+        over, under = zip(*parts, strict=True)
+        return {"": _total(over) / max(1, _total(under))}
+
+
+class UpdatedMetric(_Share):
     """Share of the weights that were updated.
 
     Of a mini-batch: those whose last gradient was above the threshold. Of an epoch or experience:
@@ -194,21 +210,18 @@ class UpdatedMetric(CLASSPMetric):
         """Copy the accumulators."""
         self._before = {layer.name: layer.accumulator.clone() for layer in found}
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
-        """Return the share."""
-        if self.at == "minibatch":
-            counts = [_chosen(layer).count_nonzero() for layer in found]
-        else:
-            counts = [_grown(layer, self._before).count_nonzero() for layer in found]
-        return {"": _total(counts) / max(1, sum(layer.param.numel() for layer in found))}
+    def part(self, layer: Layer) -> tuple[Tensor, int]:
+        """Return how many weights were updated, and how many there are."""
+        updated = _chosen(layer) if self.at == "minibatch" else _grown(layer, self._before)
+        return updated.count_nonzero(), layer.param.numel()
 
-    def end(self, found: Sequence[Layer]) -> None:
+    def end(self) -> None:
         """Drop the copy."""
         self._before = {}
 
 
 class _OfState(CLASSPMetric):
-    """A distribution over the weights: its mean, and quantiles of a sample."""
+    """A distribution over the weights: its mean, and quantiles of a sample of each layer."""
 
     def __init__(
         self, at: str, per_layer: bool = False, quantiles: Sequence[float] = QUANTILES
@@ -220,22 +233,32 @@ class _OfState(CLASSPMetric):
         """Return what the distribution is of, for each weight of a layer."""
         raise NotImplementedError
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
+    def part(self, layer: Layer) -> tuple[Tensor, int, Tensor]:
+        """Return the sum, the number of weights and the sample."""
+        values = self.of(layer).flatten()
+        places = _places(len(values))
+        sample = values if places is None else values[places.to(values.device)]
+        return values.sum(dtype=torch.float64), len(values), sample
+
+    def combine(self, parts: Iterable[tuple[Tensor, int, Tensor]]) -> dict[str, float]:
         """Return the mean and the quantiles."""
-        size = sum(layer.param.numel() for layer in found)
-        places = _places(size)
-        sums, sample, start = [], [], 0
-        for layer in found:
-            values = self.of(layer).flatten()
-            sums.append(values.sum(dtype=torch.float64))
-            low, high = torch.searchsorted(places, torch.tensor([start, start + len(values)]))
-            sample.append(values[(places[low:high] - start).to(values.device)].double())
-            start += len(values)
+        sums, sizes, samples = zip(*parts, strict=True)
+        size = sum(sizes)
         result = {"/mean": _total(sums) / max(1, size)}
-        if size:
-            ordered = torch.cat(sample).sort().values
-            ranks = [int(q * (len(ordered) - 1)) for q in self.quantiles]
-            for q, value in zip(self.quantiles, ordered[ranks].tolist(), strict=True):
+        if size and self.quantiles:
+            ordered, places = torch.cat(samples).sort()
+            # A drawn weight stands for as many as its layer has for each drawn.
+            weights = torch.cat(
+                [
+                    torch.full_like(sample, n / max(1, len(sample)), dtype=torch.float64)
+                    for n, sample in zip(sizes, samples, strict=True)
+                ]
+            )
+            ranks = torch.tensor(self.quantiles, dtype=torch.float64, device=ordered.device)
+            upto = weights[places].cumsum(0)
+            found = torch.searchsorted(upto, ranks * (size - 1), right=True)
+            values = ordered[found.clamp(max=len(ordered) - 1)].tolist()
+            for q, value in zip(self.quantiles, values, strict=True):
                 result[f"/quantile_{q:g}"] = value
         return result
 
@@ -260,7 +283,7 @@ class EffectiveRateMetric(_OfState):
         return effective_rate(layer.accumulator, layer.rule)
 
 
-class FreeMetric(CLASSPMetric):
+class FreeMetric(_Share):
     """Share of the weights that are still free: effective rate at least ``share`` of its start.
 
     The start is lr / epsilon^(1/power), the rate of a weight without history; the lr itself does
@@ -274,21 +297,17 @@ class FreeMetric(CLASSPMetric):
         super().__init__(at, per_layer)
         self.share = share
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
-        """Return the share."""
-        counts = [self._free(layer).count_nonzero() for layer in found]
-        return {"": _total(counts) / max(1, sum(layer.param.numel() for layer in found))}
-
-    def _free(self, layer: Layer) -> Tensor:
-        rule = layer.rule
+    def part(self, layer: Layer) -> tuple[Tensor | int, int]:
+        """Return how many weights are free, and how many there are."""
+        rule, size = layer.rule, layer.param.numel()
         if not rule.apply_decay:
-            return torch.ones_like(layer.accumulator, dtype=torch.bool)
-        # Both sides to the power p, so that nothing is divided by zero.
-        total = rule.epsilon + layer.accumulator
-        return (rule.epsilon >= self.share**rule.power * total) | (layer.accumulator == 0)
+            return size, size
+        # rate / start = (epsilon / (epsilon + A))^(1/power), solved for A: no root, no 0 / 0.
+        free = layer.accumulator <= rule.epsilon * (self.share**-rule.power - 1)
+        return free.count_nonzero(), size
 
 
-class MovementMetric(CLASSPMetric):
+class MovementMetric(_Share):
     """How far the weights moved since the beginning of the experience, as the root mean square.
 
     It keeps a copy of the weights meanwhile. Weights that came meanwhile (a head that an
@@ -305,24 +324,24 @@ class MovementMetric(CLASSPMetric):
         """Copy the weights."""
         self._before = {layer.name: layer.param.clone() for layer in found}
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
-        """Return the root mean square."""
-        squares, count = [], 0
-        for layer in found:
-            before = self._before.get(layer.name)
-            if before is None or before.dim() != layer.param.dim():
-                continue
-            now, before = _common(layer.param, before)
-            squares.append((now.double() - before.double()).square().sum())
-            count += now.numel()
-        return {"": (_total(squares) / max(1, count)) ** 0.5}
+    def part(self, layer: Layer) -> tuple[Tensor | int, int]:
+        """Return the sum of the squares, and of how many weights."""
+        before = self._before.get(layer.name)
+        if before is None or before.dim() != layer.param.dim():
+            return 0, 0
+        now, before = _common(layer.param, before)
+        return (now - before).square().sum(dtype=torch.float64), now.numel()
 
-    def end(self, found: Sequence[Layer]) -> None:
+    def combine(self, parts: Iterable[tuple[Tensor, Tensor | int]]) -> dict[str, float]:
+        """Return the root mean square."""
+        return {"": super().combine(parts)[""] ** 0.5}
+
+    def end(self) -> None:
         """Drop the copy."""
         self._before = {}
 
 
-class OverlapMetric(CLASSPMetric):
+class OverlapMetric(_Share):
     """Share of the weights updated in this experience that an earlier one had updated, too.
 
     0 in the first experience. It keeps one bool for each weight, and a copy of the accumulators
@@ -337,24 +356,18 @@ class OverlapMetric(CLASSPMetric):
         self._used: dict[str, Tensor] = {}
 
     def begin(self, found: Sequence[Layer]) -> None:
-        """Copy the accumulators, and note which weights were used before."""
+        """Copy the accumulators."""
         self._before = {layer.name: layer.accumulator.clone() for layer in found}
 
-    def compute(self, found: Sequence[Layer]) -> dict[str, float]:
-        """Return the share."""
-        grown = [_grown(layer, self._before) for layer in found]
-        both = [
-            (now & _fitted(self._used.get(layer.name), now)).count_nonzero()
-            for layer, now in zip(found, grown, strict=True)
-        ]
-        updated = _total([now.count_nonzero() for now in grown])
-        return {"": _total(both) / max(1, updated)}
+    def part(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Return how many weights were used before, of how many updated now, and note these."""
+        now = _grown(layer, self._before)
+        used = _fitted(self._used.get(layer.name), now)
+        self._used[layer.name] = used | now
+        return (now & used).count_nonzero(), now.count_nonzero()
 
-    def end(self, found: Sequence[Layer]) -> None:
-        """Add this experience's weights to those used, and drop the copy."""
-        for layer in found:
-            now = _grown(layer, self._before)
-            self._used[layer.name] = now | _fitted(self._used.get(layer.name), now)
+    def end(self) -> None:
+        """Drop the copy."""
         self._before = {}
 
 
@@ -387,7 +400,7 @@ def classp_metrics(
             accumulators during an experience, and a bool for each weight between them.
         per_layer: also emit them for each parameter, under its name.
         quantiles: of Accumulator and EffectiveRate, each from 0 to 1. They are taken of at most
-            16384 weights drawn once for each size, with replacement.
+            8192 weights of each layer, drawn once for each size, with replacement.
         free_share: above 0 and at most 1.
 
     Returns:
@@ -462,16 +475,18 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[where], b[where]
 
 
-def _total(parts: Sequence[Tensor]) -> float:
+def _total(parts: Iterable[Tensor | int]) -> float:
     """Add up numbers on a device and wait for it once."""
-    return torch.stack([part.double() for part in parts]).sum().item() if parts else 0.0
+    tensors = [part.double() for part in parts if isinstance(part, Tensor)]
+    numbers = float(sum(part for part in parts if not isinstance(part, Tensor)))
+    return numbers + (torch.stack(tensors).sum().item() if tensors else 0.0)
 
 
-@lru_cache(maxsize=64)
-def _places(size: int) -> Tensor:
-    """Return which of so many weights the quantiles are taken of, in ascending order."""
+@lru_cache(maxsize=256)
+def _places(size: int) -> Tensor | None:
+    """Return which weights of a layer of this size quantiles are taken of; None: all."""
     if size <= _SAMPLE:
-        return torch.arange(size)
+        return None
     # A generator of its own: training draws the same random numbers as without metrics. Not at
     # regular distances, which could hit the same few columns of a matrix.
     generator = torch.Generator().manual_seed(size)

@@ -64,6 +64,15 @@ def test_loop_ends_with_the_same_weights(case, tmp_path, capsys):
     assert expected in printed
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_metrics_are_timed(tmp_path, capsys):
+    write_mnist(tmp_path)
+    main(["metrics", "--quick", "--data-root", str(tmp_path)])
+    printed = capsys.readouterr().out
+    shares = [float(line.split("themselves ")[1].split()[0]) for line in printed.splitlines()[-4:]]
+    assert all(share > 0 for share in shares)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,7 +6,8 @@ median, with the lowest and the highest.
 
 Cases: step (a step against AdaGrad's), split-mnist, permuted-mnist, split-cifar10 (Avalanche's
 data loading against in_memory, training and evaluation), classp (against naive SGD and EWC),
-growth (5, 20 and 100 experiences), startup (imports).
+metrics (CLASSP with
+classp_metrics against without), growth (5, 20 and 100 experiences), startup (imports).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 import torch
 
 from experiments.speed.growth import measure_growth
-from experiments.speed.loop import CASES, measure_classp, measure_loading
+from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
 from experiments.speed.measure import machine
 from experiments.speed.startup import measure_startup
 from experiments.speed.step import measure_step
 
-ALL_CASES = ("step", *CASES, "classp", "growth", "startup")
+ALL_CASES = ("step", *CASES, "classp", "metrics", "growth", "startup")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,6 +76,8 @@ def _measure(case: str, options: argparse.Namespace) -> None:
         measure_growth(lengths, options.data_root, options.output)
     elif case == "classp":
         measure_classp(pairs, options.data_root)
+    elif case == "metrics":
+        measure_metrics(pairs, options.data_root)
     else:
         experiences = CASES[case].experiences[not options.quick]
         measure_loading(case, CASES[case], experiences, pairs, options.data_root)

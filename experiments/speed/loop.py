@@ -1,4 +1,4 @@
-"""What the in-memory data path gains end to end, and what CLASSP costs on it."""
+"""What the in-memory data path gains end to end, and what CLASSP and its metrics cost on it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
-from avalanche_classp import CLASSP, in_memory
+from avalanche_classp import CLASSP, classp_metrics, in_memory
 from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.models import make_model
+from experiments.speed.measure import ratio
 
 TRAIN_BATCH, EVAL_BATCH = 128, 512
 
@@ -106,6 +107,66 @@ def measure_classp(pairs: int, data_root: Path | None) -> None:
     )
 
 
+METRICS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "epoch": {"epoch": True},
+    "epoch, per layer": {"epoch": True, "per_layer": True},
+    "experience": {"experience": True},
+    "minibatch": {"minibatch": True},
+}
+
+
+def measure_metrics(pairs: int, data_root: Path | None) -> None:
+    """Compare training with classp_metrics to training without, one epoch per experience."""
+    benchmark = in_memory(_benchmark("split-mnist", 5, data_root))
+    steps = sum(-(-len(e.dataset) // TRAIN_BATCH) for e in benchmark.train_stream)
+    seconds: dict[str, list[float]] = {name: [] for name in METRICS}
+    inside: dict[str, list[float]] = {name: [] for name in METRICS}
+    for _ in range(pairs):
+        for name, arguments in METRICS.items():
+            metrics = classp_metrics(**arguments) if arguments else []
+            seconds[name].append(
+                sum(_run(_classp, benchmark, "mlp-400", "split-mnist", *metrics).train)
+            )
+            clocks = [_Clock(metric) for metric in metrics]
+            _run(_classp, benchmark, "mlp-400", "split-mnist", *clocks)
+            inside[name].append(sum(clock.seconds for clock in clocks))
+    step = 1000 * median(seconds["none"]) / steps
+    print(f"\nsplit-mnist, mlp-400, CLASSP: {steps} steps of {step:.2f} ms, n = {pairs}")
+    for name in list(METRICS)[1:]:
+        print(
+            f"  metrics of {name}: training takes {ratio(seconds[name], seconds['none'])} times as "
+            f"long; in the metrics themselves {ratio(inside[name], seconds['none'], 3)} of it"
+        )
+
+
+class _Clock:
+    """A metric, and the seconds that all its calls take."""
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(self._metric, name)
+        return self._timed(found) if name.startswith(("before_", "after_")) else found
+
+    def __str__(self) -> str:
+        return str(self._metric)
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*arguments, **options)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
 def _benchmark(name: str, experiences: int, data_root: Path | None) -> Any:
     scenario = BENCHMARKS[name].scenarios[0]
     return make_benchmark(name, scenario, data_root, experiences=experiences)
@@ -130,13 +191,13 @@ def _classp(model: nn.Module, **options: Any) -> Any:
     return CLASSP(model=model, lr=0.001, **options)
 
 
-def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str) -> Seconds:
+def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str, *metrics: Any) -> Seconds:
     strategy = make(
         _model(model, name),
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=TRAIN_BATCH,
         eval_mb_size=EVAL_BATCH,
-        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]),
+        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), *metrics, loggers=[]),
     )
     result = Seconds([], 0.0, [])
     for experience in benchmark.train_stream:

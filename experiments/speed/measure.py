@@ -51,7 +51,8 @@ def in_turn(
     return seconds
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> str:
+def ratio(first: Sequence[float], second: Sequence[float], digits: int = 2) -> str:
     """Return the median of the paired ratios with the lowest and the highest."""
     ratios = [a / b for a, b in zip(first, second, strict=True)]
-    return f"{median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]"
+    middle, low, high = (f"{x:.{digits}f}" for x in (median(ratios), min(ratios), max(ratios)))
+    return f"{middle} [{low} to {high}]"
