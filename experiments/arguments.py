@@ -51,6 +51,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _settings(what, "METHOD.KEY=VALUE")
     where = _where(compare)
+    _tensorboard(where)
     _jobs(where, "runs at a time")
     where.add_argument(
         "--engine",
@@ -78,7 +79,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     what.add_argument("--method", default="classp", metavar="METHOD", help="default: classp")
     what.add_argument("--seed", type=_natural, default=0, metavar="S", help="default: 0")
     _settings(what, "KEY=VALUE")
-    _where(run)
+    _tensorboard(_where(run))
 
     search = _command(
         commands,
@@ -218,6 +219,16 @@ def _where(parser: argparse.ArgumentParser) -> Any:
         help="a TOML file that holds these options; what is typed is above it",
     )
     return group
+
+
+def _tensorboard(group: Any) -> None:
+    group.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a log directory for each run, to look at with `tensorboard --logdir "
+        "FOLDER/tensorboard` (default: yes)",
+    )
 
 
 def _jobs(group: Any, what: str) -> None:

@@ -94,11 +94,14 @@ def _compare(options: argparse.Namespace) -> int:
         options.command_line,
         options.engine,
         options.ray_address,
+        options.tensorboard,
     )
     finished = results.finished(configs)
     if finished:
         print(write_report(finished, results.folder, failures))
         print(f"\ntable.md, table.csv, the figures and runs/ are in {results.folder}")
+        if options.tensorboard:
+            print(f"to watch them: tensorboard --logdir {results.folder / 'tensorboard'}")
     if failures:
         reasons = "; ".join(sorted({failure["error"] for failure in failures}))
         print(f"error: {len(failures)} of {len(configs)} runs failed: {reasons}", file=sys.stderr)
@@ -117,14 +120,18 @@ def _run(options: argparse.Namespace) -> int:
     from experiments.resultfiles import Results
 
     warnings.simplefilter("ignore")
+    results = Results(_output(options))
+    logs = results.logs if options.tensorboard else None
     with tqdm(total=count_steps(config), unit="exp", desc=config.method, delay=1) as bar:
-        result = attempt(config, options.data_root, bar.update)
-    path = Results(_output(options)).save(result | {"command": options.command_line})
+        result = attempt(config, options.data_root, bar.update, logs)
+    path = results.save(result | {"command": options.command_line})
     if "error" in result:
         print(f"error: {result['error']} (recorded in {path})", file=sys.stderr)
         return 1
     print(plain_table(table_rows([result])))
     print(f"\nresult file: {path}")
+    if logs:
+        print(f"to watch it: tensorboard --logdir {logs(config)}")
     return 0
 
 

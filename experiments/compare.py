@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from experiments.benchmarks import make_benchmark
 from experiments.config import RunConfig
 from experiments.engines import make_engine
 from experiments.errors import UserError, one_line
-from experiments.resultfiles import Results, describe_failure
+from experiments.resultfiles import Results, describe_failure, write_atomically
 from experiments.run import run
 
 
@@ -30,6 +32,7 @@ def run_all(
     command: str = "",
     engine: str = "local",
     ray_address: str | None = None,
+    tensorboard: bool = False,
 ) -> list[dict[str, Any]]:
     """Do the runs that are not done yet and save each as it ends.
 
@@ -45,6 +48,7 @@ def run_all(
         command: saved with each result, to say what made it.
         engine: where runs are done, see :func:`experiments.engines.make_engine`.
         ray_address: see :class:`experiments.engines.RayEngine`.
+        tensorboard: write a TensorBoard log directory for each run; on a cluster when it ends.
 
     Returns:
         The failures, as ``{"config": ..., "error": ...}``.
@@ -64,9 +68,12 @@ def run_all(
         # Downloaded once, and not by each process.
         make_benchmark(config.benchmark, config.scenario, data_root)
     failures = []
-    work = partial(attempt, data_root=data_root)
+    logs = results.logs if tensorboard else None
+    attempt_it = attempt_afar if engine == "ray" else attempt
+    work = partial(attempt_it, data_root=data_root, logs=logs)
     with _Bar(configs, done, steps) as bar, closing(chosen.run(work, todo, bar.show)) as ended:
         for config, result in ended:
+            _write_logs(results.logs(config), result.pop("logs", {}))
             results.save(result | {"command": command})
             if "error" in result:
                 failures.append(result)
@@ -76,11 +83,21 @@ def run_all(
 
 
 def attempt(
-    config: RunConfig, data_root: Path | None, progress: Callable[[], object]
+    config: RunConfig,
+    data_root: Path | None,
+    progress: Callable[[], object],
+    logs: Callable[[RunConfig], Path] | None = None,
 ) -> dict[str, Any]:
-    """Return the run's result, or its failure: ``config``, ``error`` and perhaps ``traceback``."""
+    """Return the run's result, or its failure: ``config``, ``error`` and perhaps ``traceback``.
+
+    Args:
+        config: see :func:`experiments.run.run`, as what follows.
+        data_root: likewise.
+        progress: likewise.
+        logs: returns a run's log directory. Default: none.
+    """
     try:
-        return run(config, data_root, progress)
+        return run(config, data_root, progress, logs and logs(config))
     except UserError as error:
         return {"config": config.as_dict(), "error": str(error)}
     except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and shown
@@ -89,6 +106,32 @@ def attempt(
             "error": one_line(error),
             "traceback": traceback.format_exc(),
         }
+
+
+def attempt_afar(
+    config: RunConfig,
+    data_root: Path | None,
+    progress: Callable[[], object],
+    logs: Callable[[RunConfig], Path] | None = None,
+) -> dict[str, Any]:
+    """Do the same on a machine that may not have the log directory: the result carries its files.
+
+    They are under ``logs``, the contents by name.
+    """
+    if logs is None:
+        return attempt(config, data_root, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        result = attempt(config, data_root, progress, lambda config: Path(folder) / "logs")
+        files = {path.name: path.read_bytes() for path in Path(folder).glob("logs/*")}
+    return result | {"logs": files}
+
+
+def _write_logs(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a log directory that came from elsewhere, in the place of an older one."""
+    if files:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
 
 
 class _Bar:

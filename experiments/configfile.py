@@ -40,7 +40,7 @@ def read_words(path: Path, words: Sequence[str], parser: argparse.ArgumentParser
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is no TOML file: {error}") from None
     actions = {
-        action.option_strings[-1].removeprefix("--"): action
+        action.option_strings[0].removeprefix("--"): action
         for action in parser._actions
         if action.option_strings and action.dest not in ("help", "config")
     }
@@ -64,10 +64,10 @@ def _words_of(name: str, value: Any, action: argparse.Action) -> list[str]:
         if not isinstance(value, Mapping):
             raise ValueError("must be a table of hyper-parameters")
         return [word for text in _overrides(value) for word in (option, text)]
-    if isinstance(action, argparse._StoreTrueAction):
+    if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
-        return [option] if value else []
+        return [option] if value else list(action.option_strings[1:])
     values = value if isinstance(value, list) else [value]
     if any(isinstance(item, list | Mapping | bool) for item in values):
         raise ValueError("must be a text or a number, or a list of them")

@@ -193,6 +193,46 @@ def _matrix(axes: Axes, matrix: np.ndarray) -> Any:
     return image
 
 
+def accuracy_matrix_figure(matrix: Sequence[Sequence[float]]) -> Figure:
+    """Draw one run's accuracy matrix.
+
+    Args:
+        matrix: accuracy, 0 to 1, on each experience (columns) after each (rows).
+    """
+    values = 100 * np.array(matrix)
+    with style.context("default"):
+        figure, axes = _new_square(values.shape[1])
+        _matrix(axes, values)
+        axes.set(xlabel="on experience j", ylabel="after training on experience i")
+        axes.set_title("accuracy, %", fontsize=11)
+    return figure
+
+
+def confusion_figure(counts: Sequence[Sequence[float]]) -> Figure:
+    """Draw a confusion matrix.
+
+    Args:
+        counts: of each class (rows), how many samples were taken for each (columns).
+    """
+    values = np.array(counts, dtype=float)
+    values = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
+    with style.context("default"):
+        figure, axes = _new_square(len(values))
+        _matrix(axes, values)
+        ticks = _ticks(len(values))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+        axes.set(xlabel="taken for class", ylabel="class")
+        axes.set_title("% of the class's samples", fontsize=11)
+    return figure
+
+
+def _new_square(cells: int) -> tuple[Figure, Axes]:
+    side = 4.2 if cells <= 10 else 6
+    figure = _new_figure(side, side)
+    return figure, figure.subplots()
+
+
 def _ticks(count: int) -> list[int]:
     return [i for i in range(count) if count <= 10 or i == 0 or (i + 1) % 5 == 0]
 

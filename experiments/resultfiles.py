@@ -48,11 +48,13 @@ class Results:
             UserError: the folder cannot be written.
         """
         config = RunConfig.from_dict(result["config"])
-        digest = hashlib.sha256(config.key().encode()).hexdigest()[:8]
-        name = f"{config.benchmark}-{config.scenario}-{config.method}-{config.seed}-{digest}.json"
-        path = self.runs / name
+        path = self.runs / f"{run_name(config)}.json"
         write_atomically(path, json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
         return path
+
+    def logs(self, config: RunConfig) -> Path:
+        """Return the run's TensorBoard log directory."""
+        return self.folder / "tensorboard" / run_name(config)
 
     def load(self) -> list[dict[str, Any]]:
         """Read all result files, failures included, in the order of their names.
@@ -79,6 +81,12 @@ class Results:
             for result in self.load()
             if "error" not in result and RunConfig.from_dict(result["config"]).key() in wanted
         ]
+
+
+def run_name(config: RunConfig) -> str:
+    """Return a file name that tells a run from all others."""
+    digest = hashlib.sha256(config.key().encode()).hexdigest()[:8]
+    return f"{config.benchmark}-{config.scenario}-{config.method}-{config.seed}-{digest}"
 
 
 def describe_failure(result: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from experiments.methods import METHODS
 from experiments.models import make_model
 from experiments.settings import source_of
 from experiments.statebytes import method_state_bytes
+from experiments.tensorboard import Board, open_board
 
 EVAL_BATCH_SIZE = 512
 
@@ -42,6 +43,7 @@ def run(
     config: RunConfig,
     data_root: Path | None = None,
     progress: Callable[[], object] = lambda: None,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
 
@@ -51,6 +53,8 @@ def run(
         config: what to run.
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
         progress: called after each experience is trained and evaluated.
+        logs: TensorBoard log directory, emptied first; see :mod:`experiments.tensorboard`. The
+            numbers are the same with and without. Default: none.
 
     Returns:
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
@@ -59,6 +63,15 @@ def run(
         UserError: the data or the device is missing.
         DivergedError: the weights, or CLASSP's gradients, became non-finite.
     """
+    with open_board(logs, config) as board:
+        result = _run(config, data_root, progress, board)
+        board.finish(result)
+    return result
+
+
+def _run(
+    config: RunConfig, data_root: Path | None, progress: Callable[[], object], board: Board
+) -> dict[str, Any]:
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
     RNGManager.set_random_seeds(config.seed)
@@ -85,7 +98,7 @@ def run(
             "train_mb_size": config.batch_size,
             "eval_mb_size": EVAL_BATCH_SIZE,
             "device": device,
-            "evaluator": _evaluator(labels),
+            "evaluator": _evaluator(labels, board),
             "eval_every": 0,  # Avalanche's forward transfer insists on it
         },
     )
@@ -95,7 +108,7 @@ def run(
     memory.start_thread()
     started = time.perf_counter()
     try:
-        steps = _train(strategy, benchmark, config, progress)
+        steps = _train(strategy, benchmark, config, progress, board)
     except NonFiniteGradientError as error:
         raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
     finally:
@@ -125,7 +138,11 @@ def run(
 
 
 def _train(
-    strategy: Any, benchmark: Any, config: RunConfig, progress: Callable[[], object]
+    strategy: Any,
+    benchmark: Any,
+    config: RunConfig,
+    progress: Callable[[], object],
+    board: Board,
 ) -> list[dict[str, Any]]:
     """Evaluate, then train experience by experience (joint training: all at once) and evaluate.
 
@@ -138,15 +155,16 @@ def _train(
     steps = [{} if config.validation else _read_metrics(strategy.eval(test), len(test))]
     for i, part in enumerate(parts):
         strategy.train_epochs = config.epochs_in(i)
-        begin = time.perf_counter()
+        begin = time.perf_counter() - board.seconds
         strategy.train(part, eval_streams=[])
         # Avalanche times epochs, which leaves out what EWC does after the last one.
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - board.seconds - begin
         _require_finite(strategy.model)
         step = {"train_seconds": seconds, "state_bytes": method_state_bytes(strategy)}
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
         steps.append(step)
+        board.after_experience(strategy)
         progress()
     return steps
 
@@ -196,7 +214,7 @@ def _read_metrics(measured: Mapping[str, Any], experiences: int) -> dict[str, An
     }
 
 
-def _evaluator(labels: int) -> EvaluationPlugin:
+def _evaluator(labels: int, board: Board) -> EvaluationPlugin:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No loggers specified")
         return EvaluationPlugin(
@@ -206,7 +224,8 @@ def _evaluator(labels: int) -> EvaluationPlugin:
             forward_transfer_metrics(stream=True),
             timing_metrics(stream=True),
             confusion_matrix_metrics(num_classes=labels, stream=True, save_image=False),
-            loggers=[],
+            *board.metrics,
+            loggers=board.loggers,
         )
 
 

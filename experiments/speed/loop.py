@@ -19,6 +19,7 @@ from torch import nn
 
 from avalanche_classp import CLASSP, classp_metrics, in_memory
 from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.clock import Clocked
 from experiments.models import make_model
 from experiments.speed.measure import ratio
 
@@ -128,7 +129,7 @@ def measure_metrics(pairs: int, data_root: Path | None) -> None:
             seconds[name].append(
                 sum(_run(_classp, benchmark, "mlp-400", "split-mnist", *metrics).train)
             )
-            clocks = [_Clock(metric) for metric in metrics]
+            clocks = [Clocked(metric) for metric in metrics]
             _run(_classp, benchmark, "mlp-400", "split-mnist", *clocks)
             inside[name].append(sum(clock.seconds for clock in clocks))
     step = 1000 * median(seconds["none"]) / steps
@@ -138,33 +139,6 @@ def measure_metrics(pairs: int, data_root: Path | None) -> None:
             f"  metrics of {name}: training takes {ratio(seconds[name], seconds['none'])} times as "
             f"long; in the metrics themselves {ratio(inside[name], seconds['none'], 3)} of it"
         )
-
-
-class _Clock:
-    """A metric, and the seconds that all its calls take."""
-
-    def __init__(self, metric: Any) -> None:
-        self._metric = metric
-        self.seconds = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = getattr(self._metric, name)
-        return self._timed(found) if name.startswith(("before_", "after_")) else found
-
-    def __str__(self) -> str:
-        return str(self._metric)
-
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return call(*arguments, **options)
-            finally:
-                self.seconds += time.perf_counter() - began
-
-        return timed
 
 
 def _benchmark(name: str, experiences: int, data_root: Path | None) -> Any:
