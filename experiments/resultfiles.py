@@ -48,13 +48,14 @@ class Results:
             UserError: the folder cannot be written.
         """
         config = RunConfig.from_dict(result["config"])
-        path = self.runs / f"{run_name(config)}.json"
+        stream = f"{config.benchmark}-{config.scenario}"
+        path = self.runs / f"{stream}-{config.method}-{config.seed}-{_digest(config)}.json"
         write_atomically(path, json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
         return path
 
     def logs(self, config: RunConfig) -> Path:
         """Return the run's TensorBoard log directory."""
-        return self.folder / "tensorboard" / run_name(config)
+        return self.folder / "tensorboard" / f"{config.method}-{config.seed}-{_digest(config)}"
 
     def load(self) -> list[dict[str, Any]]:
         """Read all result files, failures included, in the order of their names.
@@ -83,10 +84,9 @@ class Results:
         ]
 
 
-def run_name(config: RunConfig) -> str:
-    """Return a file name that tells a run from all others."""
-    digest = hashlib.sha256(config.key().encode()).hexdigest()[:8]
-    return f"{config.benchmark}-{config.scenario}-{config.method}-{config.seed}-{digest}"
+def _digest(config: RunConfig) -> str:
+    """Return what tells a run from all others."""
+    return hashlib.sha256(config.key().encode()).hexdigest()[:8]
 
 
 def describe_failure(result: Mapping[str, Any]) -> str:

@@ -143,7 +143,8 @@ class _TensorBoard(Board):
         # SummaryWriter.add_hparams would make a second log directory for them.
         config = {k: v for k, v in self._config.as_dict().items() if k != "hyper"}
         values = config | dict(self._config.hyper)
-        shown = {k: v if isinstance(v, int | float) else str(v) for k, v in values.items()}
+        # A bool would be shown as a number.
+        shown = {k: v if type(v) in (int, float) else str(v) for k, v in values.items()}
         for summary in hparams(shown, final):
             writer.file_writer.add_summary(summary)
 
