@@ -99,7 +99,7 @@ def _compare(options: argparse.Namespace) -> int:
     finished = results.finished(configs)
     if finished:
         print(write_report(finished, results.folder, failures))
-        print(f"\ntable.md, table.csv, the figures and runs/ are in {results.folder}")
+        print(f"\nreport.html, table.md, table.csv and the figures are in {results.folder}")
         if options.tensorboard:
             print(f"to watch them: tensorboard --logdir {results.folder / 'tensorboard'}")
     if failures:

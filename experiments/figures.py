@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -51,23 +52,34 @@ def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
         title: stands over every figure, above what its numbers are the mean of.
 
     Returns:
-        File names (those of :data:`CAPTIONS`) and the files' contents.
+        File names (of :data:`CAPTIONS`, as far as there is something to draw) and the files'
+        contents.
     """
-    title = f"{title}\n{_seeds(rows)}"
+    several = [row for row in rows if len(row["forgetting_curve"]) > 0]
+    mapped = [row for row in rows if row["maps"]]
+    with_seeds = f"{title}\n{_seeds(rows)}"
     with style.context("default"):  # whatever the user's matplotlibrc says
-        return {
-            "accuracy.png": _accuracy(rows, title),
-            "matrix.png": _matrices(rows, title),
-            "memory.png": _against_memory(rows, title),
-            "time.png": _against_time(rows, title),
+        drawn = {
+            "accuracy.png": _accuracy(rows, with_seeds),
+            "forgetting.png": _forgetting(several, f"{title}\n{_seeds(several)}")
+            if several
+            else b"",
+            "matrix.png": _matrices(rows, with_seeds),
+            "memory.png": _against_memory(rows, with_seeds),
+            "time.png": _against_time(rows, with_seeds),
+            "map.png": _maps(mapped, title) if mapped else b"",
         }
+    return {name: content for name, content in drawn.items() if content}
 
 
 CAPTIONS = {
     "accuracy.png": "mean accuracy on the experiences so far, after each experience",
+    "forgetting.png": "mean forgetting of the experiences before, after each experience",
     "matrix.png": "mean accuracy on every experience after every experience",
     "memory.png": "average accuracy against the memory of the method",
     "time.png": "average accuracy against training time",
+    "map.png": "the first layer's accumulators, after each experience: the brighter, the more "
+    "protected",
 }
 """What each figure shows."""
 
@@ -122,25 +134,41 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _accuracy(rows: Sequence[Row], title: str) -> bytes:
     """Draw the mean accuracy over the experiences seen so far, after each of them."""
+    label = "mean accuracy on the experiences so far, %"
+    return _curves(rows, "curve", 1, label, title, _limit_accuracy)
+
+
+def _forgetting(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the mean forgetting of the experiences before, from the second experience on."""
+    label = "mean forgetting of the experiences before, %"
+    return _curves(rows, "forgetting_curve", 2, label, title, lambda axes: None)
+
+
+def _curves(
+    rows: Sequence[Row],
+    key: str,
+    first: int,
+    label: str,
+    title: str,
+    limit: Callable[[Axes], None],
+) -> bytes:
+    """Draw a line for each row, over the number of experiences trained, from ``first`` on."""
     figure = _new_figure(9, max(4.8, 0.3 * len(rows) + 1.2))
     axes = figure.subplots()
     for row, look in zip(rows, _looks(rows), strict=True):
-        mean, half = np.array(row["curve"]).T
-        x = np.arange(1, len(mean) + 1)
+        mean, half = np.array(row[key]).T
+        x = np.arange(first, first + len(mean))
         if row["name"] == "joint":  # a level to look up to, measured at the end alone
             look |= {"linestyle": "--", "marker": "" if len(x) > 1 else look["marker"]}
         axes.plot(x, mean, label="\n".join(wrap_label(row["method"], _LEGEND_WIDTH)), **look)
         band = {"color": look["color"], "zorder": look["zorder"] - 2}
         axes.fill_between(x, mean - half, mean + half, alpha=0.1, lw=0, **band)
-    axes.set(
-        xlabel="experiences trained",
-        ylabel="mean accuracy on the experiences so far, %",
-    )
+    axes.set(xlabel="experiences trained", ylabel=label)
     axes.set_title(_with_intervals(title), loc="left", fontsize=11)
-    longest = max(len(row["curve"]) for row in rows)
-    axes.set_xticks([i + 1 for i in _ticks(longest)])
+    last = first - 1 + max(len(row[key]) for row in rows)
+    axes.set_xticks([i + 1 for i in _ticks(last) if i + 1 >= first])
     axes.grid(alpha=0.3)
-    _limit_accuracy(axes)
+    limit(axes)
     figure.legend(loc="outside right upper", handlelength=3.2, fontsize=9)
     return _png(figure)
 
@@ -235,6 +263,33 @@ def _new_square(cells: int) -> tuple[Figure, Axes]:
 
 def _ticks(count: int) -> list[int]:
     return [i for i in range(count) if count <= 10 or i == 0 or (i + 1) % 5 == 0]
+
+
+def _maps(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the first layer's accumulators of each row's first seed, at most ten experiences."""
+    longest = max(len(row["maps"]) for row in rows)
+    shown = sorted({round(i) for i in np.linspace(0, longest - 1, min(longest, 10))})
+    figure = _new_figure(max(1.35 * len(shown) + 1.4, 5), 1.75 * len(rows) + 1.1)
+    grid = figure.subplots(len(rows), len(shown), squeeze=False)
+    values = np.concatenate([np.ravel(image) for row in rows for image in row["maps"]])
+    high = max(values.max(), 1e-30)
+    low = max(values[values > 0].min(initial=high), high * 1e-6)  # six decades tell enough
+    norm = LogNorm(low, high if high > low else 10 * low, clip=False)
+    colours = colormaps[_COLOURS].with_extremes(bad="#404040", under=colormaps[_COLOURS](0.0))
+    for line, row in zip(grid, rows, strict=True):
+        for axes, i in zip(line, shown, strict=True):
+            axes.set(xticks=[], yticks=[])
+            if i >= len(row["maps"]):
+                axes.axis("off")
+                continue
+            image = axes.imshow(np.ma.masked_equal(row["maps"][i], 0), cmap=colours, norm=norm)
+            axes.set_title(f"{i + 1}", fontsize=9)
+        line[0].set_ylabel("\n".join(wrap_label(row["method"], 18)), fontsize=8)
+    figure.suptitle(
+        f"{title}\nmean accumulator A in the first layer after experience …", fontsize=11
+    )
+    figure.colorbar(image, ax=grid, label="A (grey: 0)", aspect=20, pad=0.02)
+    return _png(figure)
 
 
 def _against_memory(rows: Sequence[Row], title: str) -> bytes:

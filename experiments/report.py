@@ -16,6 +16,7 @@ from scipy import stats
 
 from experiments.figures import CAPTIONS, draw_figures
 from experiments.labels import wrap_label
+from experiments.page import render
 from experiments.resultfiles import describe_failure, write_atomically
 
 Result = Mapping[str, Any]
@@ -225,7 +226,10 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     * ``config``: the first run's,
     * ``source``: where its epochs, batch size and hyper-parameters come from,
     * ``curve``: intervals of the mean accuracy on the experiences so far, after each of them, %,
-    * ``matrix``: the mean accuracy matrix, %.
+    * ``forgetting_curve``: intervals of the mean forgetting of the experiences before, from the
+      second experience on, %; empty where there is only one evaluation,
+    * ``matrix``: the mean accuracy matrix, %,
+    * ``maps``: the first run's maps of the first layer's accumulators; empty without CLASSP.
     """
     groups = _by_setting(results)
     rows = []
@@ -243,6 +247,10 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 **{column.key: _interval([column.read(run) for run in runs]) for column in COLUMNS},
                 "difference": _interval(differences),
                 "curve": [mean_interval(v) for v in zip(*map(_accuracy_so_far, runs), strict=True)],
+                "forgetting_curve": [
+                    mean_interval(v) for v in zip(*map(_forgetting_so_far, runs), strict=True)
+                ],
+                "maps": runs[0].get("accumulator_maps", []),
                 "matrix": (100 * np.mean([run["accuracy_matrix"] for run in runs], 0)).tolist(),
             }
         )
@@ -279,6 +287,14 @@ def _accuracy_so_far(result: Result) -> list[float]:
     if len(matrix) == 1:  # joint training has one value, after everything: a level to look up to
         return [100 * result["average_accuracy"]] * len(matrix[0])
     return [100 * float(np.mean(row[: i + 1])) for i, row in enumerate(matrix)]
+
+
+def _forgetting_so_far(result: Result) -> list[float]:
+    matrix = np.array(result["accuracy_matrix"])
+    return [
+        100 * float(np.mean([matrix[i, i] - matrix[k, i] for i in range(k)]))
+        for k in range(1, len(matrix))
+    ]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column] = SUMMARY) -> str:
@@ -362,7 +378,9 @@ def write_report(
     folder: Path,
     failures: Sequence[Result] = (),
 ) -> str:
-    """Write ``table.md``, ``table.csv`` and the figures, and return the table as text.
+    """Write ``table.md``, ``table.csv``, the figures and ``report.html``; return the table as text.
+
+    The page gathers all of it in one file that opens without network.
 
     Args:
         results: results of one benchmark and scenario, at least one, in any order.
@@ -380,6 +398,8 @@ def write_report(
     missing = _missing_seeds(rows, results)
     sources = _sources(rows)
     commands = sorted({result.get("command", "") for result in results} - {""})
+    common, own = _settings(rows)
+    figures = draw_figures(rows, title)
     parts = [
         f"# {title}",
         sources,
@@ -389,19 +409,43 @@ def write_report(
         markdown_table(rows, costs),
         *(f"**Failed:** {line}" for line in failed),
         *(f"**{line}**" for line in missing),
-        "n: number of seeds, one run each. After ±: half the width of the 95 % confidence "
-        "interval (Student's t over the seeds); without it there is one seed, or the value does "
-        "not depend on the seed. –: the method has no such value, or there is nothing to compare.",
+        _INTERVALS,
         "\n".join(f"* {column.heading}: {column.meaning}" for column in [*ACCURACIES, *costs]),
-        *(f"![{caption}]({name})" for name, caption in CAPTIONS.items()),
-        _settings(rows),
+        *(f"![{CAPTIONS[name]}]({name})" for name in figures),
+        f"All runs: {common}. Settings:",
+        "\n".join(f"* {method}: {values}" for method, values in own),
     ]
+    page = render(
+        figures,
+        CAPTIONS,
+        title=title,
+        sources=sources,
+        commands=commands,
+        accuracies=_cells(rows, SUMMARY),
+        costs=_cells(rows, costs),
+        reference=REFERENCE,
+        failed=failed,
+        missing=missing,
+        intervals=_INTERVALS,
+        columns=[*ACCURACIES, *costs],
+        common=common,
+        own=own,
+        environments=_environments(results),
+    )
     write_atomically(folder / "table.md", "\n\n".join(parts) + "\n")
     write_atomically(folder / "table.csv", csv_table(rows))
-    for name, content in draw_figures(rows, title).items():
+    for name, content in figures.items():
         write_atomically(folder / name, content)
+    write_atomically(folder / "report.html", page)
     failed = [f"FAILED {line}" for line in failed]
     return "\n".join([title, sources, plain_table(rows), *failed, *missing])
+
+
+_INTERVALS = (
+    "n: number of seeds, one run each. After ±: half the width of the 95 % confidence "
+    "interval (Student's t over the seeds); without it there is one seed, or the value does "
+    "not depend on the seed. –: the method has no such value, or there is nothing to compare."
+)
 
 
 _SOURCES = {
@@ -437,12 +481,15 @@ def _missing_seeds(rows: Sequence[Mapping[str, Any]], results: Sequence[Result])
     ]
 
 
-def _settings(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what all runs have in common, and each method's own values, as Markdown."""
+def _settings(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
+    """Return what all runs have in common, and each row's own values with its label."""
     first = rows[0]["config"]
     same = [key for key in first if all(row["config"][key] == first[key] for row in rows)]
     common = {key: value for key, value in _flat(first).items() if key in same}
-    own = [
-        f"* {row['method']}: {_describe(_flat(row['config']), [*_TITLE, *common])}" for row in rows
-    ]
-    return "\n".join([f"All runs: {_describe(common, _TITLE)}. Settings:", "", *own])
+    own = [(row["method"], _describe(_flat(row["config"]), [*_TITLE, *common])) for row in rows]
+    return _describe(common, _TITLE), own
+
+
+def _environments(results: Sequence[Result]) -> list[str]:
+    """Return a line for each set of versions and device that the runs were made with."""
+    return sorted({_describe(result.get("environment", {}), ()) for result in results})

@@ -30,6 +30,7 @@ from avalanche_classp.optimizer import NonFiniteGradientError
 from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import RunConfig
 from experiments.errors import DivergedError, UserError
+from experiments.maps import accumulator_map
 from experiments.methods import METHODS
 from experiments.models import make_model
 from experiments.settings import source_of
@@ -122,6 +123,7 @@ def _run(
         "setting": source_of(config),
         **_accuracies(steps),
         "confusion_matrix": steps[-1]["confusion_matrix"],
+        "accumulator_maps": [step["map"] for step in steps if step.get("map") is not None],
         "train_seconds": train_seconds,
         "eval_seconds": [step["eval_seconds"] for step in steps if "eval_seconds" in step],
         "seconds_per_experience": sum(train_seconds) / config.experiences,
@@ -160,9 +162,13 @@ def _train(
         # Avalanche times epochs, which leaves out what EWC does after the last one.
         seconds = time.perf_counter() - board.seconds - begin
         _require_finite(strategy.model)
-        step = {"train_seconds": seconds, "state_bytes": method_state_bytes(strategy)}
+        step: dict[str, Any] = {
+            "train_seconds": seconds,
+            "state_bytes": method_state_bytes(strategy),
+        }
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
+            step["map"] = accumulator_map(strategy, BENCHMARKS[config.benchmark].shape)
         steps.append(step)
         board.after_experience(strategy)
         progress()

@@ -1,10 +1,12 @@
 """Tables and figures, on made-up results; the oracles are scipy, numpy and numbers by hand."""
 
+import base64
 import csv
 import io
 import itertools
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
@@ -32,7 +34,9 @@ ALL = [
     *("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rwalk", "replay"),
     *("joint", "classp"),
 ]
-FIGURES = ["accuracy.png", "matrix.png", "memory.png", "time.png"]
+FIGURES = [
+    *("accuracy.png", "forgetting.png", "matrix.png", "memory.png", "time.png", "map.png"),
+]
 RESULTS_README = Path(__file__).parents[1] / "experiments" / "results" / "README.md"
 HALF = stats.t.ppf(0.975, 1) / 2  # of two values: half the interval's width over their distance
 
@@ -93,6 +97,9 @@ def random_results(methods, experiences, seeds):
                 accuracy_matrix=matrix.tolist(),
                 seconds_per_experience=generator.uniform(0.5, 3),
                 state_bytes_per_parameter=4.0 * (place % 4),
+                accumulator_maps=generator.uniform(0, 1, (experiences, 28, 28)).tolist()
+                if method == "classp"
+                else [],
             )
         )
     return results
@@ -532,7 +539,9 @@ def test_a_lonely_label_is_right_beside_its_point():
 def test_figures_are_pictures_of_a_sane_size_and_the_same_each_time(methods, experiences, seeds):
     results = random_results(methods, experiences, seeds)
     contents = figures.draw_figures(table_rows(results), "title")
-    assert list(contents) == FIGURES == list(figures.CAPTIONS)
+    assert list(figures.CAPTIONS) == FIGURES
+    missing = {"map.png", "forgetting.png"} if methods == ALL[:1] else set()
+    assert list(contents) == [name for name in FIGURES if name not in missing]
     for content in contents.values():
         with Image.open(io.BytesIO(content)) as image:
             assert image.format == "PNG"
@@ -553,7 +562,8 @@ def test_figures_are_pictures_of_a_sane_size_and_the_same_each_time(methods, exp
 @pytest.fixture
 def no_figures(monkeypatch):
     """Save the time to draw them."""
-    monkeypatch.setattr(report, "draw_figures", lambda rows, title: {})
+    pictures = {name: name.encode() for name in FIGURES}
+    monkeypatch.setattr(report, "draw_figures", lambda rows, title: pictures)
 
 
 def failure(method, seed):
@@ -568,7 +578,7 @@ def test_the_report_is_the_same_whatever_the_order_of_the_results(tmp_path):
     texts.add(write_report(mixed, tmp_path / "b", failures[::-1]))
     assert len(texts) == 1
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == sorted([*FIGURES, "table.csv", "table.md"])
+    assert names == sorted([*FIGURES, "report.html", "table.csv", "table.md"])
     for name in names:
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
@@ -666,6 +676,66 @@ def test_the_accelerators_memory_is_shown_where_there_is_one(tmp_path, no_figure
     assert "* device peak MiB: " in page
     write_report(results[1:], tmp_path)
     assert "device peak" not in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_forgetting_is_the_table_s_at_the_end():
+    """By hand: after each experience, the mean of what the ones before have lost."""
+    matrix = [[0.9, 0.1, 0.1], [0.5, 0.8, 0.1], [0.6, 0.2, 0.7]]
+    rows = table_rows([fake_result("ewc", 0, accuracy_matrix=matrix)])
+    assert [mean for mean, _ in rows[0]["forgetting_curve"]] == pytest.approx([40, (30 + 60) / 2])
+    assert table_rows([fake_result("joint", 0)])[0]["forgetting_curve"] == []
+
+
+def test_result_files_without_maps_are_drawn_without(tmp_path):
+    result = fake_result("classp", 0)
+    assert "map.png" not in figures.draw_figures(table_rows([result]), "title")
+    result["accumulator_maps"] = np.zeros((5, 8, 8)).tolist()  # nothing moved
+    assert "map.png" in figures.draw_figures(table_rows([result]), "title")
+
+
+class Outline(HTMLParser):
+    """What a page holds: texts, table cells, and all that could load something."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self.cells, self.links, self.tags = [], [], [], set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "action", "data")]
+        if tag == "tr":
+            self.cells.append([])
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if data.strip() and (self.get_starttag_text() or "").startswith(("<td", "<th ")):
+            self.cells[-1].append(data)
+
+
+def test_the_html_page_gathers_everything_and_needs_nothing_else(tmp_path, no_figures):
+    results = random_results(["naive", "joint", "classp"], 5, 3)
+    results[0]["command"] = "python -m experiments compare --set '<script>alert(1)</script>'"
+    results[0]["environment"] = {"python": "3.11.7", "torch": "2.15.0"}
+    write_report(results, tmp_path, [failure("ewc", 1)])
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Outline(source)
+    assert not page.tags & {"script", "link", "iframe", "object", "base"}
+    pictures = [
+        base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in page.links
+    ]
+    assert pictures == [name.encode() for name in FIGURES]
+    assert "url(" not in source and "@import" not in source
+    text = "".join(page.texts)
+    assert results[0]["command"] in text  # as text, not as a script
+    assert "ewc, seed 1: the training diverged" in text
+    assert "python 3.11.7, torch 2.15.0" in text
+    rows = table_rows(results)
+    expected = markdown_table(rows).splitlines()
+    shown = [f"| {' | '.join(line)} |" for line in page.cells]
+    assert shown[: 1 + len(rows)] == [expected[0], *expected[2:]]
+    assert all(column.meaning in text for column in report.ACCURACIES)
+    assert '<tr class="ours"><td>classp</td>' in source
 
 
 def test_every_column_and_figure_is_explained():
