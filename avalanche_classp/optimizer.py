@@ -9,7 +9,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -33,6 +33,13 @@ __all__ = [
 ]
 
 _NONFINITE_POLICIES = ("raise", "skip")
+
+STATE_VERSION = 1
+"""The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
+release 0.1.0 wrote has none and counts as 0."""
+
+_ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay")
+"""Keys that a saved group of every version has."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -128,6 +135,12 @@ class CLASSPOptimizer(Optimizer):
     Sparse gradients (``torch.nn.Embedding(sparse=True)``) work and touch the rows that they name
     only; parameters whose grad is None are left alone; ``p.grad`` is never modified.
 
+    The accumulators follow their parameters when ``model.to(...)`` changes device or dtype after
+    construction. With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` as usual: it divides
+    the gradients by the scale first, so the threshold compares true gradients
+    (:class:`~avalanche_classp.CLASSP` shows it in Avalanche). The same holds for accumulated and
+    clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
+
     Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
     that ``|g|**power`` is zero in the dtype) the weight stays as it is.
 
@@ -208,15 +221,28 @@ class CLASSPOptimizer(Optimizer):
                     f"{p.dtype} and shape {tuple(p.shape)}"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``state``, ``param_groups`` and ``version``; see torch's ``Optimizer.state_dict``.
+
+        The accumulators are the optimizer's own tensors, not copies.
+        """
+        return {**super().state_dict(), "version": STATE_VERSION}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, accumulators in the dtype they were saved in.
+        """Load what :meth:`state_dict` of this or an older release returned.
+
+        The accumulators go to the devices of the parameters, wherever they were saved.
 
         Raises:
-            ValueError: if the groups differ in number or in size from this optimizer's.
+            TypeError, ValueError: it is no CLASSPOptimizer's, of a newer version, or its groups or
+                shapes are not this optimizer's. Nothing has been changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
 
         def note(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            _require_loadable(state_dict, optimizer.param_groups)
             loaded.update(state_dict)
 
         def take_whole_accumulators(optimizer: Optimizer) -> None:
@@ -285,18 +311,27 @@ class CLASSPOptimizer(Optimizer):
                 grad = p.grad
                 if grad is None:
                     continue
-                state = self.state[p]
-                # The key and not the dict: Avalanche leaves an empty dict for a new head.
-                if "accumulator" not in state:
-                    state["accumulator"] = torch.zeros_like(
-                        p, dtype=accumulator_dtype(p), memory_format=torch.preserve_format
-                    )
+                accumulator = self._accumulator_of(p)
                 if grad.is_sparse:
-                    sparse_update_(p, grad, state["accumulator"], rule)
+                    sparse_update_(p, grad, accumulator, rule)
                 else:
-                    dense.append((p, grad, state["accumulator"]))
+                    dense.append((p, grad, accumulator))
             update_(dense, rule, group["foreach"], group["fused"])
         return loss
+
+    def _accumulator_of(self, p: Tensor) -> Tensor:
+        """Return a parameter's accumulator: zero at first, later where ``model.to()`` put it."""
+        state = self.state[p]
+        dtype = accumulator_dtype(p)
+        # The key and not the dict: Avalanche leaves an empty dict for a new head.
+        if "accumulator" not in state:
+            state["accumulator"] = torch.zeros_like(
+                p, dtype=dtype, memory_format=torch.preserve_format
+            )
+        accumulator = state["accumulator"]
+        if accumulator.device != p.device or accumulator.dtype != dtype:
+            accumulator = state["accumulator"] = accumulator.to(p.device, dtype)
+        return accumulator
 
     def _check_gradients(self) -> None:
         """Raise, before anything is changed, if a gradient cannot be used."""
@@ -333,6 +368,39 @@ class CLASSPOptimizer(Optimizer):
             f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
             f"pass nonfinite='skip' to leave such weights as they are"
         )
+
+
+def _require_loadable(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise if this is not the state of a CLASSPOptimizer with such parameters."""
+    version = state_dict.get("version", 0)
+    if not isinstance(version, int) or version > STATE_VERSION:
+        raise ValueError(
+            f"state_dict has version {version!r}, and this release of avalanche-classp reads "
+            f"versions up to {STATE_VERSION}; load it with a newer release"
+        )
+    if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise ValueError(f"state_dict is no optimizer's: it has no {missing[0]!r}")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if missing := [key for key in _ALWAYS_SAVED if key not in group]:
+            raise ValueError(
+                f"state_dict is no CLASSPOptimizer's: its param_groups[{i}] has no {missing[0]!r}"
+            )
+        try:
+            validate_hyperparameters(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
+    # If the numbers differ, torch says so.
+    for saved_group, group in zip(state_dict["param_groups"], param_groups, strict=False):
+        for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
+            saved = state_dict["state"].get(saved_id, {}).get("accumulator")
+            if saved is not None and saved.shape != p.shape:
+                raise ValueError(
+                    f"state_dict's accumulator of parameter {saved_id} has the shape "
+                    f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
+                    f"use avalanche_classp.carry_accumulators"
+                )
 
 
 CLASSP_optimizer = CLASSPOptimizer
