@@ -24,6 +24,7 @@ from avalanche_classp.rule import (
     largest_usable_gradient,
     sparse_update_,
 )
+from avalanche_classp.shards import bad_anywhere, is_dtensor, local, local_gradient
 
 __all__ = [
     "CLASSPOptimizer",
@@ -308,14 +309,14 @@ class CLASSPOptimizer(Optimizer):
             )
             dense = []
             for p in group["params"]:
-                grad = p.grad
-                if grad is None:
+                if p.grad is None:
                     continue
-                accumulator = self._accumulator_of(p)
+                grad = local_gradient(p, p.grad)
+                weights, accumulator = local(p), local(self._accumulator_of(p))
                 if grad.is_sparse:
-                    sparse_update_(p, grad, accumulator, rule)
+                    sparse_update_(weights, grad, accumulator, rule)
                 else:
-                    dense.append((p, grad, accumulator))
+                    dense.append((weights, grad, accumulator))
             update_(dense, rule, group["foreach"], group["fused"])
         return loss
 
@@ -336,27 +337,35 @@ class CLASSPOptimizer(Optimizer):
     def _check_gradients(self) -> None:
         """Raise, before anything is changed, if a gradient cannot be used."""
         grads, limits, fused, places = [], [], [], []
-        for group_index, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout not in (torch.strided, torch.sparse_coo):
-                    raise RuntimeError(
-                        f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} "
-                        f"of group {group_index} has one of layout {grad.layout}"
-                    )
-                if group["nonfinite"] == "skip":
-                    continue
-                # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
-                grads.append(grad.coalesce().values() if grad.is_sparse else grad)
-                limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
-                fused.append(group["fused"])
-                places.append((group_index, index))
+        params = [
+            (group_index, index, p)
+            for group_index, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        ]
+        for place, (group_index, index, p) in enumerate(params):
+            group = self.param_groups[group_index]
+            if p.grad is None:
+                continue
+            if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                raise RuntimeError(
+                    f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} of "
+                    f"group {group_index} has one of layout {p.grad.layout}"
+                )
+            if group["nonfinite"] == "skip":
+                continue
+            grad = local_gradient(p, p.grad)
+            # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
+            grads.append(grad.coalesce().values() if grad.is_sparse else grad)
+            limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
+            fused.append(group["fused"])
+            places.append(place)
         verdicts = usable(grads, limits, fused)
-        if all(verdicts):
+        bad = [place for place, good in zip(places, verdicts, strict=True) if not good]
+        if any(group["nonfinite"] == "raise" for group in self.param_groups):
+            bad = bad_anywhere(bad, [p for _, _, p in params])
+        if not bad:
             return
-        group_index, index = places[verdicts.index(False)]
+        group_index, index, p = params[bad[0]]
         group = self.param_groups[group_index]
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
@@ -364,9 +373,9 @@ class CLASSPOptimizer(Optimizer):
         raise NonFiniteGradientError(
             f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
-            f"{tuple(group['params'][index].shape)}; {verdicts.count(False)} of {len(verdicts)} "
-            f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
-            f"pass nonfinite='skip' to leave such weights as they are"
+            f"{tuple(p.shape)}; {len(bad)} of {len(verdicts)} gradients are affected "
+            f"and nothing was changed. Find its cause, drop the batch, or pass nonfinite='skip' to "
+            f"leave such weights as they are"
         )
 
 
@@ -395,7 +404,16 @@ def _require_loadable(
     for saved_group, group in zip(state_dict["param_groups"], param_groups, strict=False):
         for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
             saved = state_dict["state"].get(saved_id, {}).get("accumulator")
-            if saved is not None and saved.shape != p.shape:
+            if saved is None:
+                continue
+            if is_dtensor(saved) != is_dtensor(p):
+                raise ValueError(
+                    f"state_dict's accumulator of parameter {saved_id} is a "
+                    f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
+                    f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
+                    f"full_state_dict=True"
+                )
+            if saved.shape != p.shape:
                 raise ValueError(
                     f"state_dict's accumulator of parameter {saved_id} has the shape "
                     f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "

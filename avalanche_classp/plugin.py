@@ -35,7 +35,7 @@ _CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite")
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 
 
-class CLASSPPlugin(SupervisedPlugin):
+class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Makes any Avalanche strategy train with CLASSP, and carries what it learnt to protect.
 
     When training (or an evaluation before it) begins, the plugin replaces the strategy's optimizer
