@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from avalanche_classp.carry import CarryReport, carry_accumulators
 from avalanche_classp.optimizer import (
     CLASSP_optimizer,
     CLASSPOptimizer,
@@ -27,7 +28,9 @@ __all__ = [
     "CLASSPOptimizer",
     "CLASSPPlugin",
     "CLASSP_optimizer",
+    "CarryReport",
     "NonFiniteGradientError",
+    "carry_accumulators",
     "classp_metrics",
     "in_memory",
 ]

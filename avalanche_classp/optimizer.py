@@ -9,7 +9,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -24,6 +24,7 @@ from avalanche_classp.rule import (
     largest_usable_gradient,
     sparse_update_,
 )
+from avalanche_classp.shards import bad_anywhere, is_dtensor, local, local_gradient
 
 __all__ = [
     "CLASSPOptimizer",
@@ -34,6 +35,13 @@ __all__ = [
 ]
 
 _NONFINITE_POLICIES = ("raise", "skip")
+
+STATE_VERSION = 1
+"""The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
+release 0.1.0 wrote has none and counts as 0."""
+
+_ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay")
+"""Keys that a saved group of every version has."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -129,6 +137,12 @@ class CLASSPOptimizer(Optimizer):
     Sparse gradients (``torch.nn.Embedding(sparse=True)``) work and touch the rows that they name
     only; parameters whose grad is None are left alone; ``p.grad`` is never modified.
 
+    The accumulators follow their parameters when ``model.to(...)`` changes device or dtype after
+    construction. With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` as usual: it divides
+    the gradients by the scale first, so the threshold compares true gradients
+    (:class:`~avalanche_classp.CLASSP` shows it in Avalanche). The same holds for accumulated and
+    clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
+
     Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
     that ``|g|**power`` is zero in the dtype) the weight stays as it is.
 
@@ -209,15 +223,28 @@ class CLASSPOptimizer(Optimizer):
                     f"{p.dtype} and shape {tuple(p.shape)}"
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``state``, ``param_groups`` and ``version``; see torch's ``Optimizer.state_dict``.
+
+        The accumulators are the optimizer's own tensors, not copies.
+        """
+        return {**super().state_dict(), "version": STATE_VERSION}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, accumulators in the dtype they were saved in.
+        """Load what :meth:`state_dict` of this or an older release returned.
+
+        The accumulators go to the devices of the parameters, wherever they were saved.
 
         Raises:
-            ValueError: if the groups differ in number or in size from this optimizer's.
+            TypeError, ValueError: it is no CLASSPOptimizer's, of a newer version, or its groups or
+                shapes are not this optimizer's. Nothing has been changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
 
         def note(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            _require_loadable(state_dict, optimizer.param_groups)
             loaded.update(state_dict)
 
         def take_whole_accumulators(optimizer: Optimizer) -> None:
@@ -275,46 +302,63 @@ class CLASSPOptimizer(Optimizer):
             rule = rule_of(group)
             dense = []
             for p in group["params"]:
-                grad = p.grad
-                if grad is None:
+                if p.grad is None:
                     continue
-                state = self.state[p]
-                # The key and not the dict: Avalanche leaves an empty dict for a new head.
-                if "accumulator" not in state:
-                    state["accumulator"] = torch.zeros_like(
-                        p, dtype=accumulator_dtype(p), memory_format=torch.preserve_format
-                    )
+                grad = local_gradient(p, p.grad)
+                weights, accumulator = local(p), local(self._accumulator_of(p))
                 if grad.is_sparse:
-                    sparse_update_(p, grad, state["accumulator"], rule)
+                    sparse_update_(weights, grad, accumulator, rule)
                 else:
-                    dense.append((p, grad, state["accumulator"]))
+                    dense.append((weights, grad, accumulator))
             update_(dense, rule, group["foreach"], group["fused"])
         return loss
+
+    def _accumulator_of(self, p: Tensor) -> Tensor:
+        """Return a parameter's accumulator: zero at first, later where ``model.to()`` put it."""
+        state = self.state[p]
+        dtype = accumulator_dtype(p)
+        # The key and not the dict: Avalanche leaves an empty dict for a new head.
+        if "accumulator" not in state:
+            state["accumulator"] = torch.zeros_like(
+                p, dtype=dtype, memory_format=torch.preserve_format
+            )
+        accumulator = state["accumulator"]
+        if accumulator.device != p.device or accumulator.dtype != dtype:
+            accumulator = state["accumulator"] = accumulator.to(p.device, dtype)
+        return accumulator
 
     def _check_gradients(self) -> None:
         """Raise, before anything is changed, if a gradient cannot be used."""
         grads, limits, fused, places = [], [], [], []
-        for group_index, group in enumerate(self.param_groups):
-            for index, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout not in (torch.strided, torch.sparse_coo):
-                    raise RuntimeError(
-                        f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} "
-                        f"of group {group_index} has one of layout {grad.layout}"
-                    )
-                if group["nonfinite"] == "skip":
-                    continue
-                # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
-                grads.append(grad.coalesce().values() if grad.is_sparse else grad)
-                limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
-                fused.append(group["fused"])
-                places.append((group_index, index))
+        params = [
+            (group_index, index, p)
+            for group_index, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        ]
+        for place, (group_index, index, p) in enumerate(params):
+            group = self.param_groups[group_index]
+            if p.grad is None:
+                continue
+            if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                raise RuntimeError(
+                    f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} of "
+                    f"group {group_index} has one of layout {p.grad.layout}"
+                )
+            if group["nonfinite"] == "skip":
+                continue
+            grad = local_gradient(p, p.grad)
+            # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
+            grads.append(grad.coalesce().values() if grad.is_sparse else grad)
+            limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
+            fused.append(group["fused"])
+            places.append(place)
         verdicts = usable(grads, limits, fused)
-        if all(verdicts):
+        bad = [place for place, good in zip(places, verdicts, strict=True) if not good]
+        if any(group["nonfinite"] == "raise" for group in self.param_groups):
+            bad = bad_anywhere(bad, [p for _, _, p in params])
+        if not bad:
             return
-        group_index, index = places[verdicts.index(False)]
+        group_index, index, p = params[bad[0]]
         group = self.param_groups[group_index]
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
@@ -322,9 +366,9 @@ class CLASSPOptimizer(Optimizer):
         raise NonFiniteGradientError(
             f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
-            f"{tuple(group['params'][index].shape)}; {verdicts.count(False)} of {len(verdicts)} "
-            f"gradients are affected and nothing was changed. Find its cause, drop the batch, or "
-            f"pass nonfinite='skip' to leave such weights as they are"
+            f"{tuple(p.shape)}; {len(bad)} of {len(verdicts)} gradients are affected "
+            f"and nothing was changed. Find its cause, drop the batch, or pass nonfinite='skip' to "
+            f"leave such weights as they are"
         )
 
 
@@ -339,6 +383,48 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
         maximize=group["maximize"],
         skip_nonfinite=group["nonfinite"] == "skip",
     )
+
+
+def _require_loadable(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise if this is not the state of a CLASSPOptimizer with such parameters."""
+    version = state_dict.get("version", 0)
+    if not isinstance(version, int) or version > STATE_VERSION:
+        raise ValueError(
+            f"state_dict has version {version!r}, and this release of avalanche-classp reads "
+            f"versions up to {STATE_VERSION}; load it with a newer release"
+        )
+    if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
+        raise ValueError(f"state_dict is no optimizer's: it has no {missing[0]!r}")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if missing := [key for key in _ALWAYS_SAVED if key not in group]:
+            raise ValueError(
+                f"state_dict is no CLASSPOptimizer's: its param_groups[{i}] has no {missing[0]!r}"
+            )
+        try:
+            validate_hyperparameters(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
+    # If the numbers differ, torch says so.
+    for saved_group, group in zip(state_dict["param_groups"], param_groups, strict=False):
+        for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
+            saved = state_dict["state"].get(saved_id, {}).get("accumulator")
+            if saved is None:
+                continue
+            if is_dtensor(saved) != is_dtensor(p):
+                raise ValueError(
+                    f"state_dict's accumulator of parameter {saved_id} is a "
+                    f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
+                    f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
+                    f"full_state_dict=True"
+                )
+            if saved.shape != p.shape:
+                raise ValueError(
+                    f"state_dict's accumulator of parameter {saved_id} has the shape "
+                    f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
+                    f"use avalanche_classp.carry_accumulators"
+                )
 
 
 CLASSP_optimizer = CLASSPOptimizer

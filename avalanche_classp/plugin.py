@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from avalanche_classp.carry import fitted
 from avalanche_classp.optimizer import CLASSPOptimizer, validate_hyperparameters
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
@@ -35,7 +35,7 @@ _CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite")
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 
 
-class CLASSPPlugin(SupervisedPlugin):
+class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
     """Makes any Avalanche strategy train with CLASSP, and carries what it learnt to protect.
 
     When training (or an evaluation before it) begins, the plugin replaces the strategy's optimizer
@@ -360,26 +360,15 @@ def _restore_accumulators(strategy: Any, history: Mapping[str, Tensor]) -> None:
         old = history.get(name)
         if old is None:
             continue
-        accumulator = _fitted(name, old, p)
+        accumulator = fitted(old, p)
         if accumulator is not None:
             state[p] = {"accumulator": accumulator}
-
-
-def _fitted(name: str, old: Tensor, param: Tensor) -> Tensor | None:
-    """Return the history in the parameter's shape and on its device, zero where it has grown."""
-    if old.shape == param.shape:
-        return old.to(param.device)
-    same_rank = old.dim() == param.dim()
-    if not same_rank or any(o > n for o, n in zip(old.shape, param.shape, strict=True)):
-        warnings.warn(
-            f"parameter {name!r} changed its shape from {tuple(old.shape)} to "
-            f"{tuple(param.shape)}, which is not growth: its CLASSP history was dropped",
-            stacklevel=2,
-        )
-        return None
-    grown = torch.zeros_like(param, dtype=old.dtype, requires_grad=False)
-    grown[tuple(slice(size) for size in old.shape)] = old.to(param.device)
-    return grown
+        else:
+            warnings.warn(
+                f"parameter {name!r} changed its shape from {tuple(old.shape)} to "
+                f"{tuple(p.shape)}, which is not growth: its CLASSP history was dropped",
+                stacklevel=2,
+            )
 
 
 def _begins_experience(experience: Any) -> bool:

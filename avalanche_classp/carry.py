@@ -1,0 +1,130 @@
+"""Accumulators that follow their parameters, by name, into a model that has changed.
+
+This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from avalanche_classp.optimizer import CLASSPOptimizer
+from avalanche_classp.rule import accumulator_dtype
+
+__all__ = ["CarryReport", "carry_accumulators", "fitted"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CarryReport:
+    """What :func:`carry_accumulators` did, by the parameters' names; ``print`` shows it.
+
+    Attributes:
+        carried: histories taken over as they are.
+        grown: histories that now stand at the beginning of a larger parameter, with the old and
+            the new shape; the rest of it begins at zero.
+        dropped: histories that are lost, each with the reason.
+        new: parameters of the new model that begin without history.
+    """
+
+    carried: list[str] = field(default_factory=list)
+    grown: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"CLASSP histories: {len(self.carried)} carried, {len(self.grown)} grown, "
+            f"{len(self.dropped)} dropped; {len(self.new)} parameters begin without"
+        ]
+        lines += [f"  carried {name}" for name in self.carried]
+        lines += [f"  grown   {name}: {old} → {new}" for name, (old, new) in self.grown.items()]
+        lines += [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()]
+        lines += [f"  new     {name}" for name in self.new]
+        return "\n".join(lines)
+
+
+def carry_accumulators(
+    old_optimizer: CLASSPOptimizer,
+    old_named: Iterable[tuple[str, Tensor]],
+    new_optimizer: CLASSPOptimizer,
+    new_named: Iterable[tuple[str, Tensor]],
+) -> CarryReport:
+    """Copy the accumulators of a model to those of the model that replaces it.
+
+    A parameter that is larger has the old history at its beginning in every dimension (its rows
+    0 to n - 1, as with heads that get more classes) and zero elsewhere; weights that you copy to
+    other places need their histories copied in the same way. The old optimizer stays as it is.
+    In Avalanche, CLASSPPlugin does this by itself for models that grow in place.
+
+    Args:
+        old_optimizer: holds the accumulators.
+        old_named: ``old_model.named_parameters()``.
+        new_optimizer: over the new model's parameters; accumulators that it has for them are
+            replaced.
+        new_named: ``new_model.named_parameters()``. To rename, change the names here.
+
+    Returns:
+        What was carried, grown and dropped.
+
+    Raises:
+        TypeError: an optimizer is no CLASSPOptimizer.
+        ValueError: a named parameter of the new model is not in ``new_optimizer``.
+
+    Example:
+        >>> small, large = torch.nn.Linear(3, 2), torch.nn.Linear(3, 5)
+        >>> old = CLASSPOptimizer(small.parameters())
+        >>> small(torch.ones(1, 3)).sum().backward()
+        >>> old.step()
+        >>> new = CLASSPOptimizer(large.parameters())
+        >>> print(carry_accumulators(old, small.named_parameters(), new, large.named_parameters()))
+        CLASSP histories: 0 carried, 2 grown, 0 dropped; 0 parameters begin without
+          grown   weight: (2, 3) → (5, 3)
+          grown   bias: (2,) → (5,)
+    """
+    for name, optimizer in (("old_optimizer", old_optimizer), ("new_optimizer", new_optimizer)):
+        if not isinstance(optimizer, CLASSPOptimizer):
+            raise TypeError(f"{name} must be a CLASSPOptimizer, got {type(optimizer).__name__}")
+    known = {p for group in new_optimizer.param_groups for p in group["params"]}
+    parameters = dict(new_named)
+    if strangers := [name for name, p in parameters.items() if p not in known]:
+        raise ValueError(f"new_named holds {strangers[0]!r}, which is not in new_optimizer")
+    report = CarryReport()
+    for name, old_param in old_named:
+        history = old_optimizer.state.get(old_param, {}).get("accumulator")
+        if history is None:
+            continue
+        param = parameters.pop(name, None)
+        if param is None:
+            report.dropped[name] = "the new model has no such parameter"
+            continue
+        accumulator = fitted(history, param)
+        if accumulator is None:
+            report.dropped[name] = f"{tuple(history.shape)} → {tuple(param.shape)} is not growth"
+            continue
+        new_optimizer.state[param]["accumulator"] = accumulator.clone()
+        if history.shape == param.shape:
+            report.carried.append(name)
+        else:
+            report.grown[name] = (tuple(history.shape), tuple(param.shape))
+    report.new.extend(parameters)
+    return report
+
+
+def fitted(history: Tensor, param: Tensor) -> Tensor | None:
+    """Return a history in a parameter's shape and on its device, zero where it has grown.
+
+    None if the parameter has not grown but changed its shape otherwise. Not always a copy.
+    """
+    if history.shape == param.shape:
+        return history.to(param.device, accumulator_dtype(param))
+    same_rank = history.dim() == param.dim()
+    if not same_rank or any(o > n for o, n in zip(history.shape, param.shape, strict=True)):
+        return None
+    grown = torch.zeros_like(param, dtype=accumulator_dtype(param), requires_grad=False)
+    grown[tuple(slice(size) for size in history.shape)] = history.to(param.device)
+    return grown
