@@ -17,6 +17,7 @@ from avalanche_classp.optimizer import (
 )
 
 if TYPE_CHECKING:
+    from avalanche_classp.csv_logger import CSVValueLogger
     from avalanche_classp.in_memory_data import in_memory
     from avalanche_classp.metrics import classp_metrics
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
@@ -28,6 +29,7 @@ __all__ = [
     "CLASSPOptimizer",
     "CLASSPPlugin",
     "CLASSP_optimizer",
+    "CSVValueLogger",
     "CarryReport",
     "NonFiniteGradientError",
     "carry_accumulators",
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 _NEEDS_AVALANCHE = {
     "CLASSP": "strategy",
     "CLASSPPlugin": "plugin",
+    "CSVValueLogger": "csv_logger",
     "PAPER_PHASES": "plugin",
     "classp_metrics": "metrics",
     "in_memory": "in_memory_data",

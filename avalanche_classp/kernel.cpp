@@ -15,11 +15,27 @@ extern "C" float powf(float, float) noexcept;
 #pragma omp declare simd notinbranch
 extern "C" double pow(double, double) noexcept;
 #endif
+#ifdef CLASSP_VECTOR_CBRT
+#pragma omp declare simd notinbranch
+extern "C" float cbrtf(float) noexcept;
+#pragma omp declare simd notinbranch
+extern "C" double cbrt(double) noexcept;
+#endif
 
 namespace {
 
 inline float raise(float x, float y) { return powf(x, y); }
 inline double raise(double x, double y) { return pow(x, y); }
+inline float cube_root(float x) { return cbrtf(x); }
+inline double cube_root(double x) { return cbrt(x); }
+
+// x^y for y > 0. A vector pow takes the entries that are zero one by one, so they are shown as 1.
+// With a selection instead of the subtraction the compiler would show them after all.
+template <typename T>
+inline T raise_any(T x, T y) {
+  const T zero = x == 0;
+  return raise(x + zero, y) - zero;
+}
 
 // The hyper-parameters in the type of the tensors.
 template <typename T>
@@ -34,7 +50,27 @@ struct Rule {
   bool may_vanish;  // whether the root can be zero or lose its digits
 };
 
-enum class Power { one, two, any };
+enum class Power { one, two, half, three_halves, three, any };
+
+// x^power: pow costs many times as much as what some powers can do with.
+template <Power power, typename T>
+inline T powered(T x, const Rule<T>& rule) {
+  return power == Power::one            ? x
+         : power == Power::half         ? std::sqrt(x)
+         : power == Power::three_halves ? x * std::sqrt(x)
+         : power == Power::three        ? x * x * x
+                                        : raise_any(x, rule.power);
+}
+
+// x^(1/power)
+template <Power power, typename T>
+inline T root_of(T x, const Rule<T>& rule) {
+  return power == Power::one            ? x
+         : power == Power::half         ? x * x
+         : power == Power::three_halves ? cube_root(x) * cube_root(x)
+         : power == Power::three        ? cube_root(x)
+                                        : raise_any(x, rule.inverse);
+}
 
 // The loop over entries: all that does not change in it is a template argument.
 // noinline: inside a parallel region the compiler would see too many aliases to vectorize.
@@ -47,9 +83,8 @@ __attribute__((noinline)) void update(const Rule<T> rule, T* __restrict p, const
     const bool chosen = raw > rule.cutoff && raw <= rule.limit;
     const T u = chosen ? g[i] : T(0);
     const T length = chosen ? raw : T(0);
-    const T history = power == Power::one   ? a[i] + length
-                      : power == Power::two ? std::fma(u, u, a[i])
-                                            : a[i] + raise(length, rule.power);
+    const T history =
+        power == Power::two ? std::fma(u, u, a[i]) : a[i] + powered<power>(length, rule);
     a[i] = history;
     if (!apply_decay) {
       p[i] = std::fma(u, rule.step, p[i]);
@@ -59,10 +94,10 @@ __attribute__((noinline)) void update(const Rule<T> rule, T* __restrict p, const
     if (power == Power::two && !may_vanish) {
       p[i] = std::fma(rule.step * u, T(1) / std::sqrt(base), p[i]);
     } else if (!may_vanish) {
-      p[i] += rule.step * u / (power == Power::one ? base : raise(base, rule.inverse));
+      p[i] += rule.step * u / root_of<power>(base, rule);
     } else {
-      const T root = power == Power::one ? base : raise(base, rule.inverse);
-      const T moved = power == Power::two ? u * (T(1) / std::sqrt(base)) : u / root;
+      const T moved = power == Power::two ? u * (T(1) / std::sqrt(base))
+                                          : u / root_of<power>(base, rule);
       // Without history: no step. Where underflow took digits: within lr.
       const bool finite = std::fabs(moved) <= std::numeric_limits<T>::max();
       const T within = moved > T(1) ? T(1) : moved < T(-1) ? T(-1) : moved;
@@ -120,9 +155,12 @@ void over_all(int64_t tensors, const int64_t* sizes, int threads, F f) {
 template <typename T>
 void step(int64_t tensors, T* const* params, const T* const* grads, T* const* accumulators,
           const int64_t* sizes, int threads, const Rule<T> rule) {
-  const Update<T> chosen = rule.power == 1   ? chosen_update<T, Power::one>(rule)
-                           : rule.power == 2 ? chosen_update<T, Power::two>(rule)
-                                             : chosen_update<T, Power::any>(rule);
+  const Update<T> chosen = rule.power == 1            ? chosen_update<T, Power::one>(rule)
+                           : rule.power == 2          ? chosen_update<T, Power::two>(rule)
+                           : rule.power == T(0.5)     ? chosen_update<T, Power::half>(rule)
+                           : rule.power == T(1.5)     ? chosen_update<T, Power::three_halves>(rule)
+                           : rule.power == 3          ? chosen_update<T, Power::three>(rule)
+                                                      : chosen_update<T, Power::any>(rule);
   over_all(tensors, sizes, threads, [=](int64_t k, int64_t from, int64_t to) {
     chosen(rule, params[k] + from, grads[k] + from, accumulators[k] + from, to - from);
   });

@@ -43,8 +43,11 @@ _FLAGS = (
     "-ffp-contract=off",  # or the bits would not be those of the tensor operations
     *("-fno-math-errno", "-fno-trapping-math"),  # or the loops would not be vectorized
 )
+_VECTOR_POW = ("-fopenmp", "-DCLASSP_VECTOR_POW", "-lmvec", "-lm")
 _BEST_FIRST = (
-    ("-fopenmp", "-DCLASSP_VECTOR_POW", "-lmvec", "-lm"),
+    # -z,defs: what this glibc has not is an error now and not when the kernel is loaded.
+    (*_VECTOR_POW, "-DCLASSP_VECTOR_CBRT", "-Wl,-z,defs"),
+    (*_VECTOR_POW, "-Wl,-z,defs"),
     ("-fopenmp", "-lm"),
     ("-lm",),
 )

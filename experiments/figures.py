@@ -284,7 +284,7 @@ def _maps(rows: Sequence[Row], title: str) -> bytes:
                 continue
             image = axes.imshow(np.ma.masked_equal(row["maps"][i], 0), cmap=colours, norm=norm)
             axes.set_title(f"{i + 1}", fontsize=9)
-        line[0].set_ylabel("\n".join(wrap_label(row["method"], 18)), fontsize=8)
+        line[0].set_ylabel("\n".join(wrap_label(row["method"], 20)), fontsize=8)
     figure.suptitle(
         f"{title}\nmean accumulator A in the first layer after experience …", fontsize=11
     )

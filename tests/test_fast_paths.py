@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,11 +28,16 @@ RULES = [
     PLAIN,
     PLAIN._replace(power=2.0),
     PLAIN._replace(power=1.5),
+    PLAIN._replace(power=0.5),
+    PLAIN._replace(power=3.0),
+    PLAIN._replace(power=1.3),
     PLAIN._replace(threshold=0.0),
     PLAIN._replace(apply_decay=False),
     PLAIN._replace(maximize=True),
     PLAIN._replace(epsilon=0.0),
     PLAIN._replace(epsilon=0.0, power=2.0),
+    PLAIN._replace(epsilon=0.0, power=1.5),
+    PLAIN._replace(epsilon=0.0, power=1.3),
     PLAIN._replace(epsilon=1e-30, power=0.6),
     PLAIN._replace(skip_nonfinite=True),
     PLAIN._replace(skip_nonfinite=True, power=2.0, threshold=0.0),
@@ -141,6 +147,20 @@ def test_path_does_what_the_loop_does(path, rule, dtype):
     assert_same([g for _, g, _ in triples], grads)
 
 
+@parametrize("dtype", [torch.float32, torch.float64])
+@parametrize("power", [0.6, 1.3, 1.5, 2.7])
+def test_weights_below_the_threshold_keep_every_bit(path, power, dtype):
+    p, g, a = a_triple((200,), dtype)
+    g = torch.where(g.abs() > 1, g, 0.05 * g)  # the threshold is 0.1², and many are 0
+    triples = [(p, g, a)]
+    (before,) = copies(triples)
+    take(path, triples, PLAIN._replace(power=power))
+    still = g.abs() < 0.1
+    assert 50 < still.sum() < 190
+    assert_same((p[still], a[still]), (before[0][still], before[2][still]))
+    assert not torch.equal(a, before[2])
+
+
 @parametrize("rule", [r for r in RULES if r.skip_nonfinite])
 def test_path_skips_what_the_loop_skips(path, rule):
     triples = [a_triple((200,)), a_triple((3,))]
@@ -155,7 +175,7 @@ def test_path_skips_what_the_loop_skips(path, rule):
 
 @given(
     data=st.data(),
-    power=st.sampled_from([1.0, 2.0]) | st.floats(0.3, 4),
+    power=st.sampled_from([1.0, 2.0, 0.5, 1.5, 3.0]) | st.floats(0.3, 4),
     epsilon=st.sampled_from([0.0, 1e-45, 1e-30]) | st.floats(1e-8, 10),
     threshold=st.just(0.0) | st.floats(0, 2),
     apply_decay=st.booleans(),
@@ -403,6 +423,24 @@ def test_kernel_can_be_built_ahead_of_time(with_kernel, empty_cache):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert len(list(empty_cache.iterdir())) == 1
+
+
+@parametrize("missing", ["-DCLASSP_VECTOR_CBRT", "-fopenmp"])
+def test_kernel_is_built_with_what_the_machine_has(with_kernel, empty_cache, monkeypatch, missing):
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, kernel._COMPILERS))
+    poorer = empty_cache.parent / "poorer"
+    poorer.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {missing} "*) exit 1;; esac\nexec {compiler} "$@"\n'
+    )
+    poorer.chmod(0o700)
+    monkeypatch.setenv("CXX", str(poorer))
+    assert kernel.build()
+    for power in (1.3, 1.5):
+        rule = PLAIN._replace(power=power)
+        triples = [a_triple((1000,))]
+        expected = after_the_loop(triples, rule)
+        take("kernel", triples, rule)
+        assert_alike("kernel", triples, expected, rule)
 
 
 @parametrize("compiler", [None, "false", "/does/not/exist"])

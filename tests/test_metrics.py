@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import math
 import pickle
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.evaluation.metrics import accuracy_metrics, confusion_matrix_metrics
 from avalanche.logging import CSVLogger, InteractiveLogger, TensorboardLogger, TextLogger
 from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin
@@ -34,7 +35,13 @@ from conftest import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from avalanche_classp import CLASSP, CLASSPOptimizer, CLASSPPlugin, classp_metrics
+from avalanche_classp import (
+    CLASSP,
+    CLASSPOptimizer,
+    CLASSPPlugin,
+    CSVValueLogger,
+    classp_metrics,
+)
 from avalanche_classp.metrics import effective_rate
 from avalanche_classp.rule import Rule
 
@@ -351,6 +358,54 @@ def test_every_logger_of_avalanche_takes_them(tiny, tmp_path):
         assert [e.step for e in found] == steps
         assert [e.value for e in found] == pytest.approx(values)
     assert recorded[f"CLASSP_Free_Exp{END}"][0] == [3, 6, 9]  # iterations
+
+
+def test_every_value_is_in_the_csv_file(tiny, tmp_path):
+    logger = CSVValueLogger(tmp_path / "new" / "values.csv")
+    metrics = [
+        *accuracy_metrics(epoch=True, experience=True),
+        *confusion_matrix_metrics(num_classes=6, stream=True),
+        *classp_metrics(minibatch=True, epoch=True, experience=True, per_layer=True),
+    ]
+    strategy = classp(linear_head(), metrics, loggers=[logger], lr=0.1)
+    fit(strategy, tiny.train_stream)
+    strategy.eval(tiny.test_stream)
+    lines = list(csv.reader(logger.path.open(newline="")))
+    assert lines[0] == ["step", "name", "value"]
+    written: dict[str, Any] = {}
+    for step, name, value in lines[1:]:
+        steps, values = written.setdefault(name, ([], []))
+        steps.append(int(step))
+        values.append(float(value))
+    recorded = dict(strategy.evaluator.get_all_metrics())
+    (matrix,) = [name for name in recorded if name.startswith("ConfusionMatrix")]
+    del recorded[matrix]
+    assert written == recorded
+
+
+def test_a_resumed_run_adds_to_its_csv_file(tiny, tmp_path):
+    path = tmp_path / "values.csv"
+    strategy = classp(
+        linear_head(), classp_metrics(epoch=True), loggers=[CSVValueLogger(path)], lr=0.1
+    )
+    fit(strategy, tiny.train_stream[:1])
+    before = path.read_text()
+    path.write_text(f"{before}3,CLASSP_Fr")  # killed while it wrote
+    CSVValueLogger(path)
+    fit(pickle.loads(pickle.dumps(strategy)), tiny.train_stream[1:2])
+    header, *lines = path.read_text().splitlines()
+    assert lines.index("3,CLASSP_Fr") == len(before.splitlines()) - 1
+    assert {line.split(",")[0] for line in lines} == {"3", "6"}
+    assert all(line.count(",") == 2 for line in lines if line != "3,CLASSP_Fr")
+    assert lines.count(header) == 0
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "training_results.csv"
+    path.write_text("training_exp,epoch\n0,1\n")
+    with pytest.raises(ValueError, match=r"results.csv has not the columns step,name,value"):
+        CSVValueLogger(path)
+    assert path.read_text() == "training_exp,epoch\n0,1\n"
 
 
 def test_results_can_be_read_from_the_metric(tiny):
