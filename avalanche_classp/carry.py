@@ -5,16 +5,18 @@ This module needs torch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from avalanche_classp.matrix import fitted_sketch
 from avalanche_classp.optimizer import CLASSPOptimizer
 from avalanche_classp.rule import accumulator_dtype
 
-__all__ = ["CarryReport", "carry_accumulators", "fitted"]
+__all__ = ["CarryReport", "carry_accumulators", "fitted", "has_history"]
 
 Shape = tuple[int, ...]
 
@@ -95,31 +97,48 @@ def carry_accumulators(
         raise ValueError(f"new_named holds {strangers[0]!r}, which is not in new_optimizer")
     report = CarryReport()
     for name, old_param in old_named:
-        history = old_optimizer.state.get(old_param, {}).get("accumulator")
-        if history is None:
+        history = old_optimizer.state.get(old_param)
+        if not has_history(history):
             continue
         param = parameters.pop(name, None)
         if param is None:
             report.dropped[name] = "the new model has no such parameter"
             continue
-        accumulator = fitted(history, param)
-        if accumulator is None:
-            report.dropped[name] = f"{tuple(history.shape)} → {tuple(param.shape)} is not growth"
+        shapes = tuple(old_param.shape), tuple(param.shape)
+        carried = fitted(history, param)
+        if carried is None:
+            report.dropped[name] = f"{shapes[0]} → {shapes[1]} is not growth"
             continue
-        new_optimizer.state[param]["accumulator"] = accumulator.clone()
-        if history.shape == param.shape:
+        new_optimizer.state[param] = {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in carried.items()
+        }
+        if shapes[0] == shapes[1]:
             report.carried.append(name)
         else:
-            report.grown[name] = (tuple(history.shape), tuple(param.shape))
+            report.grown[name] = shapes
     report.new.extend(parameters)
     return report
 
 
-def fitted(history: Tensor, param: Tensor) -> Tensor | None:
-    """Return a history in a parameter's shape and on its device, zero where it has grown.
+def has_history(state: Mapping[str, Any] | None) -> bool:
+    """Tell whether an optimizer's state of a parameter holds a history."""
+    # The keys and not the dict: Avalanche leaves an empty dict for a new head.
+    return state is not None and ("accumulator" in state or "sketch" in state)
+
+
+def fitted(history: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
+    """Return a parameter's state for what it has become: on its device, zero where it has grown.
 
     None if the parameter has not grown but changed its shape otherwise. Not always a copy.
     """
+    if "sketch" in history:
+        return fitted_sketch(history, param)
+    accumulator = _fitted_accumulator(history["accumulator"], param)
+    return None if accumulator is None else {"accumulator": accumulator}
+
+
+def _fitted_accumulator(history: Tensor, param: Tensor) -> Tensor | None:
     if history.shape == param.shape:
         return history.to(param.device, accumulator_dtype(param))
     same_rank = history.dim() == param.dim()

@@ -15,6 +15,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import phase_and_task, stream_type
 from torch import Tensor
 
+from avalanche_classp.matrix import diagonal
 from avalanche_classp.optimizer import CLASSPOptimizer, rule_of
 from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
 
@@ -48,7 +49,8 @@ class Layer(NamedTuple):
         name: its name in the model.
         param: the weights.
         grad: their last gradient, if there is one.
-        accumulator: A, of the same shape; zeros where it was never updated.
+        accumulator: A, of the same shape; zeros where it was never updated; of a matrix accumulator
+            (``rank`` above 0) the diagonal, which is one number for each input.
         rule: the hyper-parameters of its group.
     """
 
@@ -77,8 +79,12 @@ def layers(strategy: Any) -> Iterator[Layer]:
     rules = {p: rule_of(group) for group in optimizer.param_groups for p in group["params"]}
     for name, p in strategy.model.named_parameters():
         if p in rules:
-            accumulator = optimizer.state.get(p, {}).get("accumulator")
-            if accumulator is None:
+            state = optimizer.state.get(p, {})
+            if "sketch" in state:
+                accumulator = diagonal(state, p)
+            elif "accumulator" in state:
+                accumulator = state["accumulator"]
+            else:
                 accumulator = torch.zeros_like(p.detach(), dtype=accumulator_dtype(p))
             yield Layer(name, p.detach(), p.grad, accumulator, rules[p])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from avalanche_classp.carry import fitted
+from avalanche_classp.carry import fitted, has_history
 from avalanche_classp.optimizer import CLASSPOptimizer, validate_hyperparameters
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
@@ -30,7 +30,7 @@ power 1."""
 
 _PHASE_KEYS = ("lr", "threshold", "epsilon", "power", "apply_decay")
 # What an optimizer that is being replaced hands on, where it has it.
-_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite")
+_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "rank")
 # Choices of implementation: nothing is lost with them.
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -57,6 +57,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         nonfinite: likewise.
         foreach: likewise.
         fused: likewise.
+        rank: likewise.
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
             keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
             ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
@@ -114,6 +115,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        rank: int | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +128,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             "nonfinite": nonfinite,
             "foreach": foreach,
             "fused": fused,
+            "rank": rank,
         }
         self.hyperparameters = {k: v for k, v in given.items() if v is not None}
         """What was given; None was left out."""
@@ -141,7 +144,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._before_phase: list[dict[str, Any]] = []
         self._within_experience = False
         self._evaluated_model: Any = None
-        self._history: dict[str, Tensor] = {}
+        self._history: dict[str, Mapping[str, Any]] = {}
 
     def take_over(self, strategy: Any) -> None:
         """Replace the strategy's optimizer by a CLASSPOptimizer, unless it is one.
@@ -204,14 +207,14 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         """Note the accumulators by name; Avalanche adapts model and optimizer next."""
         # Added to what is there: if training was interrupted between here and
         # before_training_exp, the optimizer has lost what was noted then.
-        self._history |= _accumulators_by_name(strategy)
+        self._history |= _histories_by_name(strategy)
 
     def before_training_exp(
         self, strategy: Any, reset_optimizer_state: bool = False, **kwargs: Any
     ) -> None:
         """Give the accumulators back to the adapted parameters, and set the phase."""
         if not reset_optimizer_state:
-            _restore_accumulators(strategy, self._history)
+            _restore_histories(strategy, self._history)
         self._history = {}
         if self._within_experience and _begins_experience(strategy.experience):
             # Avalanche does not mark the last part where all parts are of the same size.
@@ -243,9 +246,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         evaluated, self._evaluated_model = self._evaluated_model, None
         if strategy.model is not evaluated:
             return  # another plugin evaluates a model of its own, an average for example
-        history = _accumulators_by_name(strategy)
+        history = _histories_by_name(strategy)
         strategy.make_optimizer()
-        _restore_accumulators(strategy, history)
+        _restore_histories(strategy, history)
 
     def _enter(self, phase: Mapping[str, Any]) -> None:
         """Undo the last phase in every group and apply this one; do nothing within a phase.
@@ -338,8 +341,8 @@ def _hand_on_state(old: CLASSPOptimizer, new: CLASSPOptimizer) -> None:
                 new.state[p] = old.state[p]
 
 
-def _accumulators_by_name(strategy: Any) -> dict[str, Tensor]:
-    """Return the accumulators that the optimizer holds, by the names of their parameters."""
+def _histories_by_name(strategy: Any) -> dict[str, Mapping[str, Any]]:
+    """Return what the optimizer holds of each parameter's history, by the parameter's name."""
     state = strategy.optimizer.state
     # Where evaluation has replaced a tensor of the model, the optimizer still holds the one that
     # Avalanche noted under the same name.
@@ -348,24 +351,25 @@ def _accumulators_by_name(strategy: Any) -> dict[str, Tensor]:
     found = {}
     for name in {**noted, **model}:
         for p in (model.get(name), noted.get(name)):
-            if p is not None and "accumulator" in state.get(p, ()):
-                found[name] = state[p]["accumulator"]
+            if p is not None and has_history(state.get(p)):
+                found[name] = state[p]
                 break
     return found
 
 
-def _restore_accumulators(strategy: Any, history: Mapping[str, Tensor]) -> None:
+def _restore_histories(strategy: Any, histories: Mapping[str, Mapping[str, Any]]) -> None:
     state = strategy.optimizer.state
     for name, p in strategy.model.named_parameters():
-        old = history.get(name)
-        if old is None:
+        history = histories.get(name)
+        if history is None:
             continue
-        accumulator = fitted(old, p)
-        if accumulator is not None:
-            state[p] = {"accumulator": accumulator}
+        carried = fitted(history, p)
+        if carried is not None:
+            state[p] = carried
         else:
+            old = next(iter(history.values())).shape
             warnings.warn(
-                f"parameter {name!r} changed its shape from {tuple(old.shape)} to "
+                f"parameter {name!r} changed its shape from {tuple(old)} to "
                 f"{tuple(p.shape)}, which is not growth: its CLASSP history was dropped",
                 stacklevel=2,
             )

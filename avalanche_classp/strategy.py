@@ -32,7 +32,7 @@ class CLASSP(SupervisedTemplate):
         optimizer: a torch optimizer whose parameter groups, with their lr, CLASSP takes over; a
             CLASSPOptimizer is used as it is and then holds all hyper-parameters. Default (None):
             a CLASSPOptimizer over all parameters of the model.
-        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next seven; None is the
+        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next eight; None is the
             default there.
         threshold: likewise.
         epsilon: likewise.
@@ -41,6 +41,7 @@ class CLASSP(SupervisedTemplate):
         nonfinite: likewise.
         foreach: likewise.
         fused: likewise.
+        rank: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
         train_mb_size: training mini-batch size. Default: 1.
@@ -101,6 +102,7 @@ class CLASSP(SupervisedTemplate):
         nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        rank: int | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         train_mb_size: int = 1,
         train_epochs: int = 1,
@@ -120,6 +122,7 @@ class CLASSP(SupervisedTemplate):
             nonfinite=nonfinite,
             foreach=foreach,
             fused=fused,
+            rank=rank,
             phases=phases,
         )
         if optimizer is None:

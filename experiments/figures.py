@@ -36,6 +36,7 @@ _STYLES = {
     "replay": ("#cc9966", "P"),
     "joint": ("#000000", "X"),
     "classp": ("#d55e00", "*"),
+    "classp-matrix": ("#e8a400", "*"),
 }
 _OTHER_STYLE = ("#737765", "d")
 _LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -117,7 +118,7 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         name = row["name"]
         colour, marker = _STYLES.get(name, _OTHER_STYLE)
-        ours = name == "classp"
+        ours = name.startswith("classp")
         looks.append(
             {
                 "color": colour,

@@ -146,7 +146,7 @@ def _joint(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "paper_phases"}
-    phases = PAPER_PHASES if hyper["paper_phases"] else None
+    phases = PAPER_PHASES if hyper.get("paper_phases") else None
     return CLASSP(model=model, phases=phases, **own, **common)
 
 
@@ -207,6 +207,11 @@ METHODS = {
             },
             "paper_phases": False,
         },
+        _classp,
+    ),
+    "classp-matrix": Method(
+        "CLASSP with matrix accumulators (rank above 0), an extension: a history for directions",
+        {"lr": 0.02, "threshold": 0.0, "epsilon": 0.02, "power": 1.5, "rank": 128},
         _classp,
     ),
 }

@@ -24,6 +24,7 @@ Interval = tuple[float, float] | None
 """Mean and half the width of its 95 % confidence interval (NaN for a single value)."""
 
 REFERENCE = "classp"
+EXTENSION = "classp-matrix"
 _STREAM = ("benchmark", "scenario", "experiences", "model", "validation", "train_share")
 """What two settings must have in common to be compared seed by seed."""
 _TITLE = ("benchmark", "scenario", "method")
@@ -44,6 +45,7 @@ class Column:
         signed: show a plus.
         in_summary: show it in the terminal and in the main Markdown table, where room is scarce.
         spread: show the interval.
+        optional: leave it out where no row has a value.
     """
 
     key: str
@@ -54,6 +56,7 @@ class Column:
     signed: bool = False
     in_summary: bool = True
     spread: bool = True
+    optional: bool = False
 
 
 def _value(key: str, factor: float = 1.0) -> Callable[[Result], float | None]:
@@ -77,6 +80,14 @@ ACCURACIES = (
         f"accuracy less that of {REFERENCE} with the same seed, in points.",
         lambda result: None,  # needs another row's results
         signed=True,
+    ),
+    Column(
+        "extension_difference",
+        f"vs {EXTENSION}",
+        f"likewise, less that of {EXTENSION}.",
+        lambda result: None,
+        signed=True,
+        optional=True,
     ),
     Column(
         "forgetting",
@@ -235,7 +246,8 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for label, runs in groups.items():
         config = runs[0]["config"]
-        differences = _differences(runs, list(groups.values()))
+        differences = _differences(runs, list(groups.values()), REFERENCE)
+        to_extension = _differences(runs, list(groups.values()), EXTENSION)
         rows.append(
             {
                 "method": label,
@@ -246,6 +258,7 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "source": runs[0]["setting"],
                 **{column.key: _interval([column.read(run) for run in runs]) for column in COLUMNS},
                 "difference": _interval(differences),
+                "extension_difference": _interval(to_extension),
                 "curve": [mean_interval(v) for v in zip(*map(_accuracy_so_far, runs), strict=True)],
                 "forgetting_curve": [
                     mean_interval(v) for v in zip(*map(_forgetting_so_far, runs), strict=True)
@@ -262,13 +275,15 @@ def _interval(values: Sequence[float | None]) -> Interval:
     return mean_interval(known) if known and len(known) == len(values) else None
 
 
-def _differences(runs: Sequence[Result], groups: Sequence[Sequence[Result]]) -> list[float]:
+def _differences(
+    runs: Sequence[Result], groups: Sequence[Sequence[Result]], reference: str
+) -> list[float]:
     """Return the accuracy of ``runs`` less the reference's, for the seeds of both, %."""
     config = runs[0]["config"]
     references = [
         others
         for others in groups
-        if others[0]["config"]["method"] == REFERENCE
+        if others[0]["config"]["method"] == reference
         and all(others[0]["config"][key] == config[key] for key in _STREAM)
     ]
     # With several settings of the reference, none is the one to compare with.
@@ -323,11 +338,17 @@ def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[list[str]]:
     """Return the headings and the rows as texts."""
+    columns = _present(rows, columns)
     body = [
         [row["method"], str(row["n"]), *(_cell(column, row[column.key]) for column in columns)]
         for row in rows
     ]
     return [["method", "n", *(column.heading for column in columns)], *body]
+
+
+def _present(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[Column]:
+    """Return the columns without the optional ones that no row has a value for."""
+    return [c for c in columns if not c.optional or any(row[c.key] is not None for row in rows)]
 
 
 def _cell(column: Column, value: Interval) -> str:
@@ -359,10 +380,11 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as CSV: each interval in two columns, its half width with ``_ci95``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [name for column in COLUMNS for name in (column.key, f"{column.key}_ci95")]
+    columns = _present(rows, COLUMNS)
+    names = [name for column in columns for name in (column.key, f"{column.key}_ci95")]
     writer.writerow(["method", "n", *names, "pairs", "setting"])
     for row in rows:
-        numbers = [x for column in COLUMNS for x in row[column.key] or (math.nan, math.nan)]
+        numbers = [x for column in columns for x in row[column.key] or (math.nan, math.nan)]
         shown = ["" if math.isnan(x) else f"{x:.6g}" for x in numbers]
         setting = _describe(_flat(row["config"]), _TITLE)
         writer.writerow([row["method"], row["n"], *shown, row["pairs"] or "", setting])
@@ -393,6 +415,7 @@ def write_report(
     rows = table_rows(results)
     config = results[0]["config"]
     costs = [column for column in COSTS if any(row[column.key] for row in rows)]
+    explained = [*_present(rows, ACCURACIES), *costs]
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
     failed = sorted(describe_failure(failure) for failure in failures)
     missing = _missing_seeds(rows, results)
@@ -410,7 +433,7 @@ def write_report(
         *(f"**Failed:** {line}" for line in failed),
         *(f"**{line}**" for line in missing),
         _INTERVALS,
-        "\n".join(f"* {column.heading}: {column.meaning}" for column in [*ACCURACIES, *costs]),
+        "\n".join(f"* {column.heading}: {column.meaning}" for column in explained),
         *(f"![{CAPTIONS[name]}]({name})" for name in figures),
         f"All runs: {common}. Settings:",
         "\n".join(f"* {method}: {values}" for method, values in own),
@@ -427,7 +450,7 @@ def write_report(
         failed=failed,
         missing=missing,
         intervals=_INTERVALS,
-        columns=[*ACCURACIES, *costs],
+        columns=explained,
         common=common,
         own=own,
         environments=_environments(results),

@@ -69,12 +69,17 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
         "power": t.suggest_float("power", 0.5, 3.0),
         "paper_phases": _flag(t, "paper_phases"),
     },
+    "classp-matrix": lambda t: _matrix_space(
+        _log(t, "free_rate", 0.01, 1.0), _log(t, "epsilon", 1e-4, 5.0), _power(t)
+    ),
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
 importances depend on the batch size and the number of steps; distillation's spans four, around the
 weight of the loss itself; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
-size of the replay buffer is not searched: more is better."""
+size of the replay buffer is not searched: more is better. With matrix accumulators lr follows from
+the rate in directions that are still free, lr / epsilon^(1/power), which is SGD's and has SGD's
+limits; the rank is not searched, for the same reason as the buffer."""
 
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -82,6 +87,14 @@ optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 def _log(trial: Trial, name: str, low: float, high: float) -> float:
     return trial.suggest_float(name, low, high, log=True)
+
+
+def _power(trial: Trial) -> float:
+    return trial.suggest_float("power", 1.0, 2.5)
+
+
+def _matrix_space(free_rate: float, epsilon: float, power: float) -> dict[str, Any]:
+    return {"lr": free_rate * epsilon ** (1 / power), "epsilon": epsilon, "power": power}
 
 
 def _flag(trial: Trial, name: str) -> bool:

@@ -104,7 +104,7 @@ class _TensorBoard(Board):
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
         metrics = [*loss_metrics(epoch=True), *accuracy_metrics(epoch=True)]
-        if config.method == "classp":
+        if config.method.startswith("classp"):
             metrics += classp_metrics(epoch=True)
             metrics += classp_metrics(experience=True, per_layer=True)
         self.metrics = [Clocked(metric) for metric in metrics]

@@ -1,0 +1,172 @@
+"""Matrix accumulators: a history for every direction of a layer's inputs, not for every weight.
+
+An extension of CLASSP, not in its paper. Where the inputs of a layer are correlated, as pixels and
+activations are, what protects single weights protects no function: a step along a direction that
+earlier experiences used is made of many weights that each moved little. With an accumulator matrix
+the history is that of directions.
+
+This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
+
+__all__ = ["diagonal", "fitted_sketch", "matrix_update_", "new_sketch", "takes_matrix"]
+
+ROWS = 8
+"""Random combinations of a gradient's rows that are remembered of each step."""
+
+EVERY = 4
+"""Steps whose rows are put into the sketch at once; at the beginning each step's are."""
+
+
+def takes_matrix(param: Tensor, rank: int) -> bool:
+    """Tell whether a parameter has a matrix accumulator: vectors and numbers never have."""
+    return rank > 0 and param.dim() >= 2
+
+
+def new_sketch(param: Tensor, rank: int) -> dict[str, Any]:
+    """Return the state of a parameter without history.
+
+    Args:
+        param: of shape (out, ...); all dimensions but the first count as the inputs.
+        rank: columns of the sketch; at most as many as there are inputs are used.
+
+    Returns:
+        ``sketch``, B of shape (inputs, rank), with orthogonal columns; ``rows``, of shape (inputs,
+        ROWS · EVERY) or less, what is not yet in it; ``shed``, ρ; ``step``, the number of updates.
+    """
+    inputs = param[0].numel()
+    kind = {"dtype": accumulator_dtype(param), "device": param.device}
+    return {
+        "sketch": torch.zeros(inputs, min(rank, inputs), **kind),
+        "rows": torch.zeros(inputs, EVERY * min(ROWS, len(param)), **kind),
+        "shed": torch.zeros((), **kind),
+        "step": 0,
+    }
+
+
+def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rule) -> None:
+    r"""Apply the rule with a matrix accumulator to one dense parameter, in place.
+
+    With the parameter as a matrix W (out × inputs) and its gradient G, entries that the threshold
+    stops being zero:
+
+    .. math::
+
+        A \leftarrow A + G^\top G \, \lVert G \rVert_F^{\,p-2}, \qquad
+        W \leftarrow W - lr \cdot G \, (\epsilon I + A)^{-1/p}
+
+    A single weight has CLASSP's own rule. With p = 2 it is AdaGrad with a full matrix (Duchi et
+    al., 2011, section 1.1) for the inputs, the right half of Shampoo (Gupta et al., 2018). For
+    other powers the factor keeps what CLASSP has: the steps do not change with the scale of the
+    gradients, epsilon apart. A weight that the threshold stops is not moved.
+
+    A is not stored. It is :math:`B B^\top + \rho I` with B of few columns, by Frequent Directions
+    (Liberty, 2013) that keep what they shed as ρ (Luo et al., 2019), and of each gradient a few
+    random combinations of its rows count, whose expectation is :math:`G^\top G`. They are drawn
+    anew, and the same, for each number of the step. What the last steps, at most EVERY - 1, have
+    added is not yet in A.
+
+    Args:
+        param: the weights; changed in place.
+        grad: their gradient, the same shape; left as it is.
+        state: :func:`new_sketch`'s; changed in place.
+        rule: the hyper-parameters; epsilon above 0.
+
+    References:
+        E. Liberty, "Simple and deterministic matrix sketching", 2013, arXiv:1206.0594. L. Luo et
+        al., "Robust Frequent Directions with application in online learning", 2019,
+        arXiv:1705.05067. V. Feinberg et al., "Sketchy: memory-efficient adaptive regularization
+        with Frequent Directions", 2023, arXiv:2302.03764. V. Gupta, T. Koren, Y. Singer, "Shampoo:
+        preconditioned stochastic tensor optimization", 2018, arXiv:1802.09568.
+    """
+    dtype = state["sketch"].dtype
+    G = grad.reshape(len(grad), -1).to(dtype)
+    if rule.threshold > 0:
+        G = torch.nn.functional.hardshrink(G, cutoff(rule.threshold, dtype))
+    if rule.skip_nonfinite:
+        G = torch.where(G.abs() <= largest_usable_gradient(dtype, rule.power), G, 0.0)
+    _remember_(state, G, rule.power)
+    U = _suppressed(G, state, rule) if rule.apply_decay else G
+    if rule.threshold > 0 or rule.skip_nonfinite:
+        U = torch.where(G == 0, 0.0, U)
+    param.add_(U.view(param.shape), alpha=rule.lr if rule.maximize else -rule.lr)
+
+
+def _remember_(state: dict[str, Any], G: Tensor, power: float) -> None:
+    """Add the gradient to the history."""
+    step, rows = state["step"], state["rows"]
+    count = rows.shape[1] // EVERY
+    K = G
+    if count < len(G):
+        # Drawn on the CPU, so that every device has the same.
+        generator = torch.Generator().manual_seed(step)
+        mix = torch.randn(count, len(G), generator=generator, dtype=torch.float64)
+        K = (mix / count**0.5).to(G) @ G
+    if power != 2:
+        # A gradient of zero: inf, and nothing to remember.
+        K = K * (G.norm() ** (power / 2 - 1)).nan_to_num(nan=0.0, posinf=0.0)
+    place = step % EVERY
+    rows[:, place * count : (place + 1) * count] = K.T
+    state["step"] = step + 1
+    if place == EVERY - 1 or step < EVERY:
+        _merge_(state)
+
+
+def _merge_(state: dict[str, Any]) -> None:
+    """Put the remembered rows into the sketch; shed what it has no columns for."""
+    sketch, rows = state["sketch"], state["rows"]
+    M = torch.cat([sketch, rows], 1)
+    values, vectors = torch.linalg.eigh((M.T @ M).double())
+    rank = sketch.shape[1]
+    kept = values[-rank:].clamp_min(0)
+    floor = values[-rank - 1].clamp_min(0)
+    # Below that a value is rounding, and its vector any.
+    real = kept > torch.finfo(sketch.dtype).eps * kept[-1]
+    shrink = torch.where(real, ((kept - floor).clamp_min(0) / kept).sqrt(), 0.0)
+    state["sketch"] = M @ (vectors[:, -rank:] * shrink).to(sketch.dtype)
+    state["shed"] += floor.to(sketch.dtype)
+    rows.zero_()
+
+
+def _suppressed(G: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
+    """Return G (epsilon I + A)^(-1/power)."""
+    B, least = state["sketch"], state["shed"] + rule.epsilon
+    values = B.square().sum(0)
+    free = least ** (-1 / rule.power)
+    change = ((least + values) ** (-1 / rule.power) - free) / values
+    return free * G + ((G @ B) * torch.where(values > 0, change, 0.0)) @ B.T
+
+
+def diagonal(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """Return the diagonal of A, which is each input's, as a tensor of the parameter's shape."""
+    known = torch.cat([state["sketch"], state["rows"]], 1).square().sum(1) + state["shed"]
+    return known.view(param.shape[1:]).expand(param.shape)
+
+
+def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
+    """Return a history for a parameter that may have grown, on its device; not always a copy.
+
+    New outputs change nothing, new inputs (at the end) begin without history. None if there are
+    fewer inputs than before, or the parameter has become a vector.
+    """
+    if param.dim() < 2:
+        return None
+    more = param[0].numel() - len(state["sketch"])
+    if more < 0:
+        return None
+    fitted = dict(state)
+    for name in ("sketch", "rows", "shed"):
+        fitted[name] = state[name].to(param.device, accumulator_dtype(param))
+    if more:
+        for name in ("sketch", "rows"):
+            fitted[name] = torch.nn.functional.pad(fitted[name], (0, 0, 0, more))
+    return fitted
