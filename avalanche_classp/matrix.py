@@ -3,7 +3,9 @@
 An extension of CLASSP, not in its paper. Where the inputs of a layer are correlated, as pixels and
 activations are, what protects single weights protects no function: a step along a direction that
 earlier experiences used is made of many weights that each moved little. With an accumulator matrix
-the history is that of directions.
+the history is that of directions. Orthogonal weights modification (Zeng et al., 2019,
+arXiv:1810.01256) protects directions, too; it takes them from the inputs of the layers, and this
+from the gradients alone, so that it is an optimizer like any other.
 
 This module needs torch alone.
 """
