@@ -9,7 +9,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -39,6 +39,8 @@ _NONFINITE_POLICIES = ("raise", "skip")
 STATE_VERSION = 1
 """The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
 release 0.1.0 wrote has none and counts as 0."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay")
 """Keys that a saved group of every version has."""
@@ -143,6 +145,12 @@ class CLASSPOptimizer(Optimizer):
     (:class:`~avalanche_classp.CLASSP` shows it in Avalanche). The same holds for accumulated and
     clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
 
+    A float32 accumulator takes no addition below half of its last digit: it stops growing where
+    :math:`|g|^\textit{power} < A \cdot 2^{-24}`, with a constant :math:`|g|` after
+    :math:`2^{24} \approx 1.7 \cdot 10^7` steps, and the effective rate then stays as it is. With
+    ``power=1`` a step is at most :math:`\textit{lr} \cdot 2^{-24}` there, which float32 weights
+    larger than 2 lr do not take either. If so many steps are to count use ``model.double()``.
+
     Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
     that ``|g|**power`` is zero in the dtype) the weight stays as it is.
 
@@ -196,6 +204,11 @@ class CLASSPOptimizer(Optimizer):
         }
         # The defaults are checked even if every group overrides them.
         validate_hyperparameters(defaults)
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be an iterable of parameters, of (name, parameter) pairs or of "
+                f"dicts, got {params!r}"
+            )
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,14 +226,19 @@ class CLASSPOptimizer(Optimizer):
             TypeError, ValueError: as the constructor.
         """
         if isinstance(param_group, dict):
-            validate_hyperparameters(param_group)
+            validate_hyperparameters({**self.defaults, **param_group})
+            if not isinstance(param_group.get("params"), Iterable):
+                raise TypeError(
+                    f"params of a group must be a parameter or an iterable of them, got "
+                    f"{param_group.get('params')!r}"
+                )
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
+            if p.dtype not in _DTYPES:
                 del self.param_groups[-1]
                 raise TypeError(
-                    f"CLASSPOptimizer takes real floating-point parameters; got one of "
-                    f"{p.dtype} and shape {tuple(p.shape)}"
+                    f"CLASSPOptimizer takes real floating-point parameters of 16 to 64 bits; got "
+                    f"one of {p.dtype} and shape {tuple(p.shape)}"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,8 +307,9 @@ class CLASSPOptimizer(Optimizer):
 
         Raises:
             NonFiniteGradientError: a non-finite gradient in a group with ``nonfinite="raise"``.
-            RuntimeError: a sparse gradient of another layout than COO. In both cases nothing has
-                been changed.
+            RuntimeError: a sparse gradient of another layout than COO, or a parameter whose data
+                was replaced by data of another shape than its gradient or accumulator has. In all
+                cases nothing has been changed.
         """
         loss = None
         if closure is not None:
@@ -344,6 +363,15 @@ class CLASSPOptimizer(Optimizer):
                     f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} of "
                     f"group {group_index} has one of layout {p.grad.layout}"
                 )
+            history = self.state.get(p, {}).get("accumulator", p)
+            # A kernel knows no shapes and would write beyond the tensors.
+            if not p.grad.shape == p.shape == history.shape:
+                raise RuntimeError(
+                    f"parameter {index} of group {group_index} has the shape {tuple(p.shape)}, its "
+                    f"gradient {tuple(p.grad.shape)} and its accumulator {tuple(history.shape)}: "
+                    f"its data was replaced; make an optimizer for the new shape, and carry what "
+                    f"was accumulated with avalanche_classp.carry_accumulators"
+                )
             if group["nonfinite"] == "skip":
                 continue
             grad = local_gradient(p, p.grad)
@@ -390,14 +418,19 @@ def _require_loadable(
 ) -> None:
     """Raise if this is not the state of a CLASSPOptimizer with such parameters."""
     version = state_dict.get("version", 0)
-    if not isinstance(version, int) or version > STATE_VERSION:
+    if type(version) is not int or not 0 <= version <= STATE_VERSION:
         raise ValueError(
             f"state_dict has version {version!r}, and this release of avalanche-classp reads "
             f"versions up to {STATE_VERSION}; load it with a newer release"
         )
     if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
         raise ValueError(f"state_dict is no optimizer's: it has no {missing[0]!r}")
-    for i, group in enumerate(state_dict["param_groups"]):
+    state, saved_groups = state_dict["state"], state_dict["param_groups"]
+    _require_type("state", state, Mapping)
+    _require_type("param_groups", saved_groups, list, tuple)
+    ids: set[int | str] = set()
+    for i, group in enumerate(saved_groups):
+        _require_type(f"param_groups[{i}]", group, Mapping)
         if missing := [key for key in _ALWAYS_SAVED if key not in group]:
             raise ValueError(
                 f"state_dict is no CLASSPOptimizer's: its param_groups[{i}] has no {missing[0]!r}"
@@ -406,25 +439,60 @@ def _require_loadable(
             validate_hyperparameters(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
+        _require_type(f"param_groups[{i}]['params']", group["params"], list, tuple)
+        for saved_id in group["params"]:
+            _require_type(f"parameter {saved_id!r}", saved_id, int, str)
+            if saved_id in ids:
+                raise ValueError(f"state_dict's param_groups name parameter {saved_id!r} twice")
+            ids.add(saved_id)
+    for saved_id, values in state.items():
+        _require_type(f"state[{saved_id!r}]", values, Mapping)
+        if "accumulator" in values and saved_id not in ids:
+            raise ValueError(
+                f"state_dict's param_groups do not name parameter {saved_id!r}, of which it has an "
+                f"accumulator"
+            )
     # If the numbers differ, torch says so.
-    for saved_group, group in zip(state_dict["param_groups"], param_groups, strict=False):
+    for saved_group, group in zip(saved_groups, param_groups, strict=False):
         for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
-            saved = state_dict["state"].get(saved_id, {}).get("accumulator")
-            if saved is None:
-                continue
-            if is_dtensor(saved) != is_dtensor(p):
-                raise ValueError(
-                    f"state_dict's accumulator of parameter {saved_id} is a "
-                    f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
-                    f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
-                    f"full_state_dict=True"
-                )
-            if saved.shape != p.shape:
-                raise ValueError(
-                    f"state_dict's accumulator of parameter {saved_id} has the shape "
-                    f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
-                    f"use avalanche_classp.carry_accumulators"
-                )
+            if "accumulator" in state.get(saved_id, {}):
+                _require_accumulator(saved_id, state[saved_id]["accumulator"], p)
+
+
+def _require_accumulator(saved_id: int | str, saved: Any, p: Tensor) -> None:
+    _require_type(f"accumulator of parameter {saved_id}", saved, Tensor)
+    if is_dtensor(saved) != is_dtensor(p):
+        raise ValueError(
+            f"state_dict's accumulator of parameter {saved_id} is a "
+            f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
+            f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
+            f"full_state_dict=True"
+        )
+    if saved.shape != p.shape:
+        raise ValueError(
+            f"state_dict's accumulator of parameter {saved_id} has the shape "
+            f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
+            f"use avalanche_classp.carry_accumulators"
+        )
+    if saved.dtype not in _DTYPES or saved.layout != torch.strided or saved.is_meta:
+        raise ValueError(
+            f"state_dict's accumulator of parameter {saved_id} must be dense and of a real "
+            f"floating-point dtype, got {saved.dtype}, {saved.layout} on {saved.device}"
+        )
+    part = local(saved)
+    if part.numel():
+        low, high = (end.item() for end in torch.aminmax(part))
+        if not (low >= 0 and high < math.inf):
+            raise ValueError(
+                f"state_dict's accumulator of parameter {saved_id} must be finite and at least 0, "
+                f"but goes from {low} to {high}: it is damaged, load another"
+            )
+
+
+def _require_type(what: str, value: Any, *types: type) -> None:
+    if not isinstance(value, types) or isinstance(value, bool):
+        names = " or ".join(t.__name__ for t in types)
+        raise TypeError(f"state_dict's {what} must be a {names}, got {type(value).__name__}")
 
 
 CLASSP_optimizer = CLASSPOptimizer
@@ -442,8 +510,11 @@ def _number(name: str, value: Any) -> float:
 
 def _validate_lr(value: Any) -> None:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
+        if value.numel() != 1 or value.is_meta:
+            where = " on meta" if value.is_meta else ""
+            raise ValueError(
+                f"lr must be one number, got a tensor of shape {tuple(value.shape)}{where}"
+            )
         value = value.item()
     _validate_nonnegative("lr", value)
 
@@ -472,7 +543,7 @@ def _validate_choice(name: str, value: Any) -> None:
 
 
 def _validate_nonfinite(value: Any) -> None:
-    if value not in _NONFINITE_POLICIES:
+    if not isinstance(value, str) or value not in _NONFINITE_POLICIES:
         raise ValueError(f"nonfinite must be one of {_NONFINITE_POLICIES}, got {value!r}")
 
 
