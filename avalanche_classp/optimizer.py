@@ -445,14 +445,15 @@ def _require_loadable(
             if saved_id in ids:
                 raise ValueError(f"state_dict's param_groups name parameter {saved_id!r} twice")
             ids.add(saved_id)
+    # If the numbers differ, torch says so.
+    as_many = len(ids) == sum(len(group["params"]) for group in param_groups)
     for saved_id, values in state.items():
         _require_type(f"state[{saved_id!r}]", values, Mapping)
-        if "accumulator" in values and saved_id not in ids:
+        if "accumulator" in values and saved_id not in ids and as_many:
             raise ValueError(
                 f"state_dict's param_groups do not name parameter {saved_id!r}, of which it has an "
                 f"accumulator"
             )
-    # If the numbers differ, torch says so.
     for saved_group, group in zip(saved_groups, param_groups, strict=False):
         for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
             if "accumulator" in state.get(saved_id, {}):
@@ -474,13 +475,14 @@ def _require_accumulator(saved_id: int | str, saved: Any, p: Tensor) -> None:
             f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
             f"use avalanche_classp.carry_accumulators"
         )
-    if saved.dtype not in _DTYPES or saved.layout != torch.strided or saved.is_meta:
+    lost = saved.is_meta and not p.is_meta
+    if saved.dtype not in _DTYPES or saved.layout != torch.strided or lost:
         raise ValueError(
             f"state_dict's accumulator of parameter {saved_id} must be dense and of a real "
             f"floating-point dtype, got {saved.dtype}, {saved.layout} on {saved.device}"
         )
     part = local(saved)
-    if part.numel():
+    if part.numel() and not part.is_meta:
         low, high = (end.item() for end in torch.aminmax(part))
         if not (low >= 0 and high < math.inf):
             raise ValueError(

@@ -62,8 +62,10 @@ def works(optimizer):
                 p.grad = torch.full_like(p, g)
         with suppress(NonFiniteGradientError):
             optimizer.step()
-    for values in optimizer.state.values():
-        assert values["accumulator"].isfinite().all() and (values["accumulator"] >= 0).all()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            accumulator = optimizer.state[p].get("accumulator", torch.zeros(1))
+            assert accumulator.isfinite().all() and (accumulator >= 0).all()
 
 
 def build_optimizer(name, value):
