@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -74,8 +74,9 @@ def carry_accumulators(
         What was carried, grown and dropped.
 
     Raises:
-        TypeError: an optimizer is no CLASSPOptimizer.
-        ValueError: a named parameter of the new model is not in ``new_optimizer``.
+        TypeError: an optimizer is no CLASSPOptimizer, or what is named no parameters.
+        ValueError: a named parameter of the new model is not in ``new_optimizer``, or none of the
+            old model has a history.
 
     Example:
         >>> small, large = torch.nn.Linear(3, 2), torch.nn.Linear(3, 5)
@@ -92,11 +93,17 @@ def carry_accumulators(
         if not isinstance(optimizer, CLASSPOptimizer):
             raise TypeError(f"{name} must be a CLASSPOptimizer, got {type(optimizer).__name__}")
     known = {p for group in new_optimizer.param_groups for p in group["params"]}
-    parameters = dict(new_named)
+    old_parameters = _by_name("old_named", old_named)
+    if old_optimizer.state and not any(p in old_optimizer.state for p in old_parameters.values()):
+        raise ValueError(
+            "old_named holds no parameter that old_optimizer has trained; give it the "
+            "named_parameters() of the model that it has trained"
+        )
+    parameters = _by_name("new_named", new_named)
     if strangers := [name for name, p in parameters.items() if p not in known]:
         raise ValueError(f"new_named holds {strangers[0]!r}, which is not in new_optimizer")
     report = CarryReport()
-    for name, old_param in old_named:
+    for name, old_param in old_parameters.items():
         history = old_optimizer.state.get(old_param)
         if not has_history(history):
             continue
@@ -121,7 +128,25 @@ def carry_accumulators(
     return report
 
 
-def has_history(state: Mapping[str, Any] | None) -> bool:
+def _by_name(argument: str, named: Any) -> dict[str, Tensor]:
+    try:
+        pairs = list(named.items() if isinstance(named, Mapping) else named)
+    except TypeError:
+        raise TypeError(
+            f"{argument} must be (name, parameter) pairs, as model.named_parameters(), got "
+            f"{type(named).__name__}"
+        ) from None
+    for pair in pairs:
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not (is_pair and isinstance(pair[1], Tensor)):
+            raise TypeError(
+                f"{argument} must hold (name, parameter) pairs, as model.named_parameters() does, "
+                f"but holds a {type(pair).__name__}"
+            )
+    return dict(pairs)
+
+
+def has_history(state: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Tell whether an optimizer's state of a parameter holds a history."""
     # The keys and not the dict: Avalanche leaves an empty dict for a new head.
     return state is not None and ("accumulator" in state or "sketch" in state)

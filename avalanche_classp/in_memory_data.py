@@ -71,7 +71,8 @@ def in_memory(benchmark: CLScenario, *, deterministic: bool = False) -> CLScenar
             then applied once, and its result kept. Default: False.
 
     Raises:
-        TypeError: ``benchmark`` is not an Avalanche benchmark of datasets.
+        TypeError: ``benchmark`` is not an Avalanche benchmark of datasets, or ``deterministic``
+            is no bool.
         ValueError: now or when a sample is first loaded: what was said to be deterministic draws
             random numbers, or samples that are to be kept differ in shape.
     """
@@ -79,6 +80,8 @@ def in_memory(benchmark: CLScenario, *, deterministic: bool = False) -> CLScenar
         raise TypeError(
             f"benchmark must be an Avalanche benchmark such as SplitMNIST(5), got {benchmark!r}"
         )
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be True or False, got {deterministic!r}")
     default_collate_fn_map[_Sample] = _collate
     sources: dict[int, Source] = {}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
 
-__all__ = ["diagonal", "fitted_sketch", "matrix_update_", "new_sketch", "takes_matrix"]
+__all__ = ["diagonal", "fitted_sketch", "matrix_update_", "new_sketch", "rows_for", "takes_matrix"]
 
 ROWS = 8
 """Random combinations of a gradient's rows that are remembered of each step."""
@@ -32,6 +32,11 @@ EVERY = 4
 def takes_matrix(param: Tensor, rank: int) -> bool:
     """Tell whether a parameter has a matrix accumulator: vectors and numbers never have."""
     return rank > 0 and param.dim() >= 2
+
+
+def rows_for(param: Tensor) -> int:
+    """Return how many rows of a parameter's gradients wait to be put into its sketch."""
+    return EVERY * min(ROWS, len(param))
 
 
 def new_sketch(param: Tensor, rank: int) -> dict[str, Any]:
@@ -46,10 +51,10 @@ def new_sketch(param: Tensor, rank: int) -> dict[str, Any]:
         ROWS · EVERY) or less, what is not yet in it; ``shed``, ρ; ``step``, the number of updates.
     """
     inputs = param[0].numel()
-    kind = {"dtype": accumulator_dtype(param), "device": param.device}
+    kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
     return {
         "sketch": torch.zeros(inputs, min(rank, inputs), **kind),
-        "rows": torch.zeros(inputs, EVERY * min(ROWS, len(param)), **kind),
+        "rows": torch.zeros(inputs, rows_for(param), **kind),
         "shed": torch.zeros((), **kind),
         "step": 0,
     }
@@ -157,7 +162,7 @@ def diagonal(state: Mapping[str, Any], param: Tensor) -> Tensor:
 def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
     """Return a history for a parameter that may have grown, on its device; not always a copy.
 
-    New outputs change nothing, new inputs (at the end) begin without history. None if there are
+    New inputs (at the end) begin without history; the history is not of outputs. None if there are
     fewer inputs than before, or the parameter has become a vector.
     """
     if param.dim() < 2:
@@ -171,4 +176,9 @@ def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | N
     if more:
         for name in ("sketch", "rows"):
             fitted[name] = torch.nn.functional.pad(fitted[name], (0, 0, 0, more))
+    if fitted["rows"].shape[1] != rows_for(param):
+        # More outputs, and so more rows from each step: what waits goes into the sketch.
+        fitted["rows"], fitted["shed"] = fitted["rows"].clone(), fitted["shed"].clone()
+        _merge_(fitted)
+        fitted["rows"] = fitted["rows"].new_zeros(param[0].numel(), rows_for(param))
     return fitted

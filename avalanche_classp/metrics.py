@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -309,7 +310,11 @@ class FreeMetric(_Share):
         if not rule.apply_decay:
             return size, size
         # rate / start = (epsilon / (epsilon + A))^(1/power), solved for A: no root, no 0 / 0.
-        free = layer.accumulator <= rule.epsilon * (self.share**-rule.power - 1)
+        try:
+            growth = self.share**-rule.power - 1
+        except OverflowError:
+            growth = math.inf
+        free = layer.accumulator <= (rule.epsilon * growth if rule.epsilon else 0.0)
         return free.count_nonzero(), size
 
 

@@ -9,7 +9,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, overload
 
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_classp.matrix import fitted_sketch, matrix_update_, new_sketch, takes_matrix
+from avalanche_classp.matrix import (
+    fitted_sketch,
+    matrix_update_,
+    new_sketch,
+    rows_for,
+    takes_matrix,
+)
 from avalanche_classp.paths import update_, usable
 from avalanche_classp.rule import (
     Rule,
@@ -40,6 +46,8 @@ _NONFINITE_POLICIES = ("raise", "skip")
 STATE_VERSION = 2
 """The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
 release 0.1.0 wrote has none and counts as 0."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay")
 """Keys that a saved group of every version has."""
@@ -157,6 +165,12 @@ class CLASSPOptimizer(Optimizer):
     (:class:`~avalanche_classp.CLASSP` shows it in Avalanche). The same holds for accumulated and
     clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
 
+    A float32 accumulator takes no addition below half of its last digit: it stops growing where
+    :math:`|g|^\textit{power} < A \cdot 2^{-24}`, with a constant :math:`|g|` after
+    :math:`2^{24} \approx 1.7 \cdot 10^7` steps, and the effective rate then stays as it is. With
+    ``power=1`` a step is at most :math:`\textit{lr} \cdot 2^{-24}` there, which float32 weights
+    larger than 2 lr do not take either. If so many steps are to count use ``model.double()``.
+
     Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
     that ``|g|**power`` is zero in the dtype) the weight stays as it is.
 
@@ -212,6 +226,11 @@ class CLASSPOptimizer(Optimizer):
         }
         # The defaults are checked even if every group overrides them.
         validate_hyperparameters(defaults)
+        if not isinstance(params, Iterable):
+            raise TypeError(
+                f"params must be an iterable of parameters, of (name, parameter) pairs or of "
+                f"dicts, got {params!r}"
+            )
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,14 +249,19 @@ class CLASSPOptimizer(Optimizer):
             TypeError, ValueError: as the constructor.
         """
         if isinstance(param_group, dict):
-            validate_hyperparameters(param_group)
+            validate_hyperparameters({**self.defaults, **param_group})
+            if not isinstance(param_group.get("params"), Iterable):
+                raise TypeError(
+                    f"params of a group must be a parameter or an iterable of them, got "
+                    f"{param_group.get('params')!r}"
+                )
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
+            if p.dtype not in _DTYPES:
                 del self.param_groups[-1]
                 raise TypeError(
-                    f"CLASSPOptimizer takes real floating-point parameters; got one of "
-                    f"{p.dtype} and shape {tuple(p.shape)}"
+                    f"CLASSPOptimizer takes real floating-point parameters of 16 to 64 bits; got "
+                    f"one of {p.dtype} and shape {tuple(p.shape)}"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -306,8 +330,9 @@ class CLASSPOptimizer(Optimizer):
 
         Raises:
             NonFiniteGradientError: a non-finite gradient in a group with ``nonfinite="raise"``.
-            RuntimeError: a sparse gradient of another layout than COO. In both cases nothing has
-                been changed.
+            RuntimeError: a sparse gradient of another layout than COO, or a parameter whose data
+                was replaced by data of another shape than its gradient or accumulator has. In all
+                cases nothing has been changed.
         """
         loss = None
         if closure is not None:
@@ -382,6 +407,15 @@ class CLASSPOptimizer(Optimizer):
                     f"{index} of group {group_index}, which has rank={group['rank']}, is {kind}: "
                     f"give it rank=0"
                 )
+            history = self.state.get(p, {}).get("accumulator", p)
+            # A kernel knows no shapes and would write beyond the tensors.
+            if not p.grad.shape == p.shape == history.shape:
+                raise RuntimeError(
+                    f"parameter {index} of group {group_index} has the shape {tuple(p.shape)}, its "
+                    f"gradient {tuple(p.grad.shape)} and its accumulator {tuple(history.shape)}: "
+                    f"its data was replaced; make an optimizer for the new shape, and carry what "
+                    f"was accumulated with avalanche_classp.carry_accumulators"
+                )
             if group["nonfinite"] == "skip":
                 continue
             grad = local_gradient(p, p.grad)
@@ -428,14 +462,19 @@ def _require_loadable(
 ) -> None:
     """Raise if this is not the state of a CLASSPOptimizer with such parameters."""
     version = state_dict.get("version", 0)
-    if not isinstance(version, int) or version > STATE_VERSION:
+    if type(version) is not int or not 0 <= version <= STATE_VERSION:
         raise ValueError(
             f"state_dict has version {version!r}, and this release of avalanche-classp reads "
             f"versions up to {STATE_VERSION}; load it with a newer release"
         )
     if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
         raise ValueError(f"state_dict is no optimizer's: it has no {missing[0]!r}")
-    for i, group in enumerate(state_dict["param_groups"]):
+    state, saved_groups = state_dict["state"], state_dict["param_groups"]
+    _require_type("state", state, Mapping)
+    _require_type("param_groups", saved_groups, list, tuple)
+    ids: set[int | str] = set()
+    for i, group in enumerate(saved_groups):
+        _require_type(f"param_groups[{i}]", group, Mapping)
         if missing := [key for key in _ALWAYS_SAVED if key not in group]:
             raise ValueError(
                 f"state_dict is no CLASSPOptimizer's: its param_groups[{i}] has no {missing[0]!r}"
@@ -444,34 +483,94 @@ def _require_loadable(
             validate_hyperparameters(group)
         except (TypeError, ValueError) as error:
             raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
+        _require_type(f"param_groups[{i}]['params']", group["params"], list, tuple)
+        for saved_id in group["params"]:
+            _require_type(f"parameter {saved_id!r}", saved_id, int, str)
+            if saved_id in ids:
+                raise ValueError(f"state_dict's param_groups name parameter {saved_id!r} twice")
+            ids.add(saved_id)
     # If the numbers differ, torch says so.
-    for saved_group, group in zip(state_dict["param_groups"], param_groups, strict=False):
+    as_many = len(ids) == sum(len(group["params"]) for group in param_groups)
+    for saved_id, values in state.items():
+        _require_type(f"state[{saved_id!r}]", values, Mapping)
+        has_history = "accumulator" in values or "sketch" in values
+        if has_history and saved_id not in ids and as_many:
+            raise ValueError(
+                f"state_dict's param_groups do not name parameter {saved_id!r}, of which it has an "
+                f"accumulator"
+            )
+    for saved_group, group in zip(saved_groups, param_groups, strict=False):
         for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
-            saved_state = state_dict["state"].get(saved_id, {})
-            if "sketch" in saved_state:
-                inputs = len(saved_state["sketch"])
-                if p.dim() < 2 or p[0].numel() != inputs:
-                    raise ValueError(
-                        f"state_dict's matrix accumulator of parameter {saved_id} is for {inputs} "
-                        f"inputs, the parameter has the shape {tuple(p.shape)}; if the model has "
-                        f"grown use avalanche_classp.carry_accumulators"
-                    )
-            saved = saved_state.get("accumulator")
-            if saved is None:
-                continue
-            if is_dtensor(saved) != is_dtensor(p):
-                raise ValueError(
-                    f"state_dict's accumulator of parameter {saved_id} is a "
-                    f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
-                    f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
-                    f"full_state_dict=True"
-                )
-            if saved.shape != p.shape:
-                raise ValueError(
-                    f"state_dict's accumulator of parameter {saved_id} has the shape "
-                    f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
-                    f"use avalanche_classp.carry_accumulators"
-                )
+            values = state.get(saved_id, {})
+            if "sketch" in values:
+                _require_sketch(saved_id, values, p)
+            if "accumulator" in values:
+                _require_accumulator(saved_id, values["accumulator"], p)
+
+
+def _require_accumulator(saved_id: int | str, saved: Any, p: Tensor) -> None:
+    _require_type(f"accumulator of parameter {saved_id}", saved, Tensor)
+    if is_dtensor(saved) != is_dtensor(p):
+        raise ValueError(
+            f"state_dict's accumulator of parameter {saved_id} is a "
+            f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
+            f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
+            f"full_state_dict=True"
+        )
+    if saved.shape != p.shape:
+        raise ValueError(
+            f"state_dict's accumulator of parameter {saved_id} has the shape "
+            f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
+            f"use avalanche_classp.carry_accumulators"
+        )
+    _require_numbers(f"accumulator of parameter {saved_id}", saved, p, 0)
+
+
+def _require_sketch(saved_id: int | str, values: Mapping[str, Any], p: Tensor) -> None:
+    for name, dimensions, least in (
+        ("sketch", 2, -math.inf),
+        ("rows", 2, -math.inf),
+        ("shed", 0, 0),
+    ):
+        what = f"{name} of parameter {saved_id}"
+        _require_type(what, values.get(name), Tensor)
+        if values[name].dim() != dimensions:
+            raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
+        _require_numbers(what, values[name], p, least)
+    _require_type(f"step of parameter {saved_id}", values.get("step"), int)
+    sketch, rows, step = (values[name] for name in ("sketch", "rows", "step"))
+    matches = p.dim() >= 2 and len(sketch) == p[0].numel() and sketch.shape[1] > 0 <= step
+    if not (matches and rows.shape == (len(sketch), rows_for(p))):
+        raise ValueError(
+            f"state_dict's matrix accumulator of parameter {saved_id} is for {len(sketch)} inputs, "
+            f"with a sketch of shape {tuple(sketch.shape)}, rows of shape {tuple(rows.shape)} and "
+            f"step {step}, the parameter has the shape {tuple(p.shape)}; if the model has grown "
+            f"use avalanche_classp.carry_accumulators"
+        )
+
+
+def _require_numbers(what: str, saved: Tensor, p: Tensor, least: float) -> None:
+    lost = saved.is_meta and not p.is_meta
+    if saved.dtype not in _DTYPES or saved.layout != torch.strided or lost:
+        raise ValueError(
+            f"state_dict's {what} must be dense and of a real floating-point dtype, got "
+            f"{saved.dtype}, {saved.layout} on {saved.device}"
+        )
+    part = local(saved)
+    if part.numel() and not part.is_meta:
+        low, high = (end.item() for end in torch.aminmax(part))
+        if not (low >= least and -math.inf < low and high < math.inf):
+            at_least = "" if least == -math.inf else f" and at least {least}"
+            raise ValueError(
+                f"state_dict's {what} must be finite{at_least}, but goes from {low} to {high}: it "
+                f"is damaged, load another"
+            )
+
+
+def _require_type(what: str, value: Any, *types: type) -> None:
+    if not isinstance(value, types) or isinstance(value, bool):
+        names = " or ".join(t.__name__ for t in types)
+        raise TypeError(f"state_dict's {what} must be a {names}, got {type(value).__name__}")
 
 
 CLASSP_optimizer = CLASSPOptimizer
@@ -489,8 +588,11 @@ def _number(name: str, value: Any) -> float:
 
 def _validate_lr(value: Any) -> None:
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
+        if value.numel() != 1 or value.is_meta:
+            where = " on meta" if value.is_meta else ""
+            raise ValueError(
+                f"lr must be one number, got a tensor of shape {tuple(value.shape)}{where}"
+            )
         value = value.item()
     _validate_nonnegative("lr", value)
 
@@ -534,7 +636,7 @@ def _require_positive_epsilon(values: Mapping[str, Any]) -> None:
 
 
 def _validate_nonfinite(value: Any) -> None:
-    if value not in _NONFINITE_POLICIES:
+    if not isinstance(value, str) or value not in _NONFINITE_POLICIES:
         raise ValueError(f"nonfinite must be one of {_NONFINITE_POLICIES}, got {value!r}")
 
 

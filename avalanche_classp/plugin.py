@@ -204,7 +204,15 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             strategy.make_optimizer()
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Note the accumulators by name; Avalanche adapts model and optimizer next."""
+        """Note the accumulators by name; Avalanche adapts model and optimizer next.
+
+        Raises:
+            ValueError: the experience has no samples: Avalanche's loader would fail without a word.
+        """
+        dataset = getattr(strategy.experience, "dataset", None)
+        if dataset is not None and len(dataset) == 0:
+            number = getattr(strategy.experience, "current_experience", "?")
+            raise ValueError(f"experience {number} has no samples; leave it out of the stream")
         # Added to what is there: if training was interrupted between here and
         # before_training_exp, the optimizer has lost what was noted then.
         self._history |= _histories_by_name(strategy)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -55,7 +57,8 @@ class CLASSP(SupervisedTemplate):
         **base_kwargs: further arguments of ``SupervisedTemplate``.
 
     Raises:
-        TypeError, ValueError: as :class:`~avalanche_classp.CLASSPPlugin`, at once.
+        TypeError, ValueError: a wrong type or value; else as
+            :class:`~avalanche_classp.CLASSPPlugin`. At once.
 
     Mixed precision. Avalanche's loop knows none; a subclass of this, or of any other strategy with
     a CLASSPPlugin, adds it. The gradients are divided by the scale before anything looks at them,
@@ -113,6 +116,18 @@ class CLASSP(SupervisedTemplate):
         eval_every: int = -1,
         **base_kwargs: Any,
     ) -> None:
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+        if not (criterion is None or callable(criterion)):
+            raise TypeError(f"criterion must be callable or None, got {criterion!r}")
+        if not (isinstance(evaluator, EvaluationPlugin | NoneType) or callable(evaluator)):
+            raise TypeError(f"evaluator must be an EvaluationPlugin or make one, got {evaluator!r}")
+        _require_whole("train_mb_size", train_mb_size, 1)
+        _require_whole("train_epochs", train_epochs, 1)
+        _require_whole("eval_every", eval_every, -1)
+        if eval_mb_size is not None:
+            _require_whole("eval_mb_size", eval_mb_size, 1)
+        _require_plugins(plugins)
         classp = CLASSPPlugin(
             lr,
             threshold,
@@ -141,3 +156,19 @@ class CLASSP(SupervisedTemplate):
             **base_kwargs,
         )
         classp.take_over(self)
+
+
+def _require_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if not least <= value <= sys.maxsize:
+        raise ValueError(f"{name} must be from {least} to {sys.maxsize}, got {value!r}")
+
+
+def _require_plugins(plugins: Any) -> None:
+    """Raise for what Avalanche would silently never call, or call wrongly."""
+    if isinstance(plugins, str) or not isinstance(plugins, Sequence | NoneType):
+        raise TypeError(f"plugins must be a sequence of plugins, got {plugins!r}")
+    for i, plugin in enumerate(plugins or ()):
+        if plugin is None or isinstance(plugin, type | str | int | float):
+            raise TypeError(f"plugins[{i}] must be a plugin, got {plugin!r}")

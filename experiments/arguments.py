@@ -6,9 +6,24 @@ import argparse
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+MOST_SEEDS = 10_000
+"""More is a slip, and the list of runs would not fit in memory."""
 
 Command = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one line, and without its bug with ``--seeds=--``."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.splitlines()))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"]:  # Python 3.11 would make it a list of nothing
+            raise argparse.ArgumentError(action, "expected a value, got '--'")
+        return super()._get_values(action, arg_strings)
 
 
 def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -18,7 +33,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         functions: what to do for each command, by name; a parsed command line holds its own as
             ``function``, and the command's parser as ``known``.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m experiments",
         description="Compare continual-learning methods on Avalanche's benchmarks: the same "
         "stream, model and protocol for all.",
@@ -44,7 +59,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--seeds",
-        type=_positive,
+        type=_seeds,
         default=3,
         metavar="N",
         help="seeds 0 to N-1 for each method (default: 3)",
@@ -132,7 +147,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "figures again.",
         "report results/split-digits-class",
     )
-    report.add_argument("folder", type=Path, help="a folder that compare or run has written")
+    report.add_argument("folder", type=_path, help="a folder that compare or run has written")
 
     _command(
         commands,
@@ -202,19 +217,19 @@ def _where(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("where and how")
     group.add_argument(
         "--output",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="where results go (default: results/BENCHMARK-SCENARIO)",
     )
     group.add_argument(
         "--data-root",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="where datasets lie or are downloaded to (default: ~/.avalanche/data)",
     )
     group.add_argument(
         "--config",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="a TOML file that holds these options; what is typed is above it",
     )
@@ -240,6 +255,19 @@ def _jobs(group: Any, what: str) -> None:
 def _epochs(text: str) -> int | tuple[int, ...]:
     numbers = tuple(_positive(number) for number in text.split(","))
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:  # a config file can say it
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    return Path(text)
+
+
+def _seeds(text: str) -> int:
+    number = _positive(text)
+    if number > MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_SEEDS}, got {text}")
+    return number
 
 
 def _positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "list": _list,
         }
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding may lack ± or a folder's name
+            stream.reconfigure(errors="backslashreplace")
     options = parser.parse_args(words)
     # Avalanche imports a package of solvers that nothing here uses. Worker processes import it
     # before any code of ours could tell them.
@@ -48,12 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words = read_words(options.config, words, options.known)
             options = parser.parse_args(words)
         options.command_line = shlex.join(["python", "-m", "experiments", *words])
-        return options.function(options)
+        code = options.function(options)
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as error:
-        print(f"error: {error}; pip install '.[experiments]' brings it", file=sys.stderr)
+        _print_error(f"{error}; pip install '.[experiments]' brings it")
         return 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
+        return 2
+    except OSError as error:  # a full disk, a closed pipe
+        _print_error(str(error))
+        _drop_output_that_nobody_takes()
         return 2
     except KeyboardInterrupt:
         print(
@@ -61,6 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def _drop_output_that_nobody_takes() -> None:
+    """Python would write it again at its end, and fail with lines of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -104,7 +126,7 @@ def _compare(options: argparse.Namespace) -> int:
             print(f"to watch them: tensorboard --logdir {results.folder / 'tensorboard'}")
     if failures:
         reasons = "; ".join(sorted({failure["error"] for failure in failures}))
-        print(f"error: {len(failures)} of {len(configs)} runs failed: {reasons}", file=sys.stderr)
+        _print_error(f"{len(failures)} of {len(configs)} runs failed: {reasons}")
         return 1
     return 0
 
@@ -126,7 +148,7 @@ def _run(options: argparse.Namespace) -> int:
         result = attempt(config, options.data_root, bar.update, logs)
     path = results.save(result | {"command": options.command_line})
     if "error" in result:
-        print(f"error: {result['error']} (recorded in {path})", file=sys.stderr)
+        _print_error(f"{result['error']} (recorded in {path})")
         return 1
     print(plain_table(table_rows([result])))
     print(f"\nresult file: {path}")

@@ -59,7 +59,7 @@ class RunConfig:
             ("seed", 0, self.seed),
             ("experiences", 1, self.experiences),
             ("batch_size", 1, self.batch_size),
-            *(("epochs", 1, number) for number in epochs),
+            *(("epochs", 1, value) for value in epochs),
         ):
             # NumPy takes seeds of 32 bits; more epochs or samples than that are a slip.
             most = 2**32 - 1
@@ -67,6 +67,16 @@ class RunConfig:
                 raise UserError(
                     f"{name} must be a whole number from {least} to {most}, got {value!r}"
                 )
+        for name in ("benchmark", "scenario", "method", "model", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if not isinstance(self.validation, bool):
+            raise UserError(f"validation must be true or false, got {self.validation!r}")
+        if not isinstance(self.hyper, Mapping):
+            raise UserError(f"hyper must be a table of hyper-parameters, got {self.hyper!r}")
+        for name, number in (("train_share", self.train_share), *self.hyper.items()):
+            if not isinstance(number, int | float) or not -math.inf < number < math.inf:
+                raise UserError(f"{name} must be a finite number, got {number!r}")
         if not 0 < self.train_share <= 1 or (self.train_share < 1 and not self.validation):
             raise UserError(
                 f"train_share must be in (0, 1], and 1 without validation, got {self.train_share!r}"

@@ -37,7 +37,7 @@ def read_words(path: Path, words: Sequence[str], parser: argparse.ArgumentParser
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is no TOML file: {error}") from None
     actions = {
         action.option_strings[0].removeprefix("--"): action

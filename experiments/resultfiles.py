@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,18 +15,21 @@ from experiments.config import RunConfig
 from experiments.errors import UserError
 
 SCHEMA = 2
-_NUMBERS = (
-    "average_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "learning_accuracy",
-    "peak_memory_bytes",
-    "peak_device_bytes",
-    "seconds_per_experience",
-    "state_bytes_per_parameter",
-)
-"""What the tables are made of."""
+_SHARE, _CHANGE = (0, 1), (-1, 1)
+_NUMBERS = {
+    "average_accuracy": _SHARE,
+    "forgetting": _CHANGE,
+    "backward_transfer": _CHANGE,
+    "forward_transfer": _CHANGE,
+    "learning_accuracy": _SHARE,
+    "peak_memory_bytes": (0, 2**63),
+    "peak_device_bytes": (0, 2**63),
+    "seconds_per_experience": (1e-9, 1e12),
+    "state_bytes_per_parameter": (0, 2**63),
+}
+"""What the tables are made of, with the least and the most that it can be."""
+_ALWAYS = ("average_accuracy", "seconds_per_experience", "state_bytes_per_parameter")
+"""Those of them that every method has."""
 
 
 class Results:
@@ -101,7 +105,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     make_folder(path.parent)
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
@@ -134,25 +138,69 @@ def make_folder(folder: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["schema"] != SCHEMA:
-            raise UserError(
-                f"{path} has the result format {result['schema']!r}, this version reads {SCHEMA}; "
-                f"use the version that wrote it, or move the file away"
-            )
-        RunConfig.from_dict(result["config"])
-        if "error" not in result:
-            for key in _NUMBERS:
-                if not (isinstance(result[key], int | float) or result[key] is None):
-                    raise ValueError(f"{key} is {result[key]!r}")
-            (
-                result["accuracy_matrix"][-1][0]
-                + result["average_accuracy"]
-                + result["eval_seconds"][0]
-            )
-            result["setting"].strip()
-        return result
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        schema = result["schema"]
+        if schema == SCHEMA:
+            # Older versions left out what had its default.
+            result["config"] = _require_whole(result).as_dict()
+    except UserError as error:
+        reason = str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        if schema == SCHEMA:
+            return result
         raise UserError(
-            f"{path} is not a whole result file ({type(error).__name__}: {error}); move it away "
-            f"to have the run done again"
-        ) from error
+            f"{path} has the result format {schema!r}, this version reads {SCHEMA}; "
+            f"use the version that wrote it, or move the file away"
+        )
+    raise UserError(
+        f"{path} is not a whole result file ({reason}); move it away to have the run done again"
+    )
+
+
+def _require_whole(result: Mapping[str, Any]) -> RunConfig:
+    """Return the config; raise if something is not as the report needs it."""
+    config = RunConfig.from_dict(result["config"])
+    for key in ("command", "error"):
+        _require(key, result.get(key, ""), str)
+    if "error" in result:
+        return config
+    _require("setting", result["setting"], str)
+    _require("environment", result.get("environment", {}), dict)
+    for key, (least, most) in _NUMBERS.items():
+        if result[key] is not None or key in _ALWAYS:
+            _require_number(key, result[key], least, most)
+    matrix = _table("accuracy_matrix", result["accuracy_matrix"], 0, 1)
+    # Joint training and validation runs have one row.
+    if len(matrix) not in (1, config.experiences) or len(matrix[0]) != config.experiences:
+        raise ValueError(
+            f"accuracy_matrix is of {len(matrix)} × {len(matrix[0])}, not of the "
+            f"{config.experiences} experiences"
+        )
+    _table("eval_seconds", [result["eval_seconds"]], 0, 1e12)
+    _require("accumulator_maps", result.get("accumulator_maps") or [], list)
+    for image in result.get("accumulator_maps") or []:
+        _table("accumulator_maps", image, 0, sys.float_info.max)
+    return config
+
+
+def _require(key: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{key} is {value!r:.50}")
+
+
+def _require_number(key: str, value: Any, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r:.50}")
+
+
+def _table(key: str, rows: Any, least: float, most: float) -> list[list[float]]:
+    """Return the rows if they are: at least one, equally long, of numbers in this range."""
+    _require(key, rows, list)
+    for row in rows:
+        _require(key, row, list)
+        for value in row:
+            _require_number(key, value, least, most)
+    if len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise ValueError(f"{key} has no rows, or of different lengths")
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.benchmarks import make_benchmark
-from experiments.errors import DivergedError, UserError
+from experiments.errors import DivergedError, UserError, one_line
 from experiments.processes import make_pool, stop
 from experiments.resultfiles import make_folder, write_atomically
 from experiments.run import run
@@ -166,6 +167,11 @@ def search(
         "train_share": train_share,
         "fixed": fixed,
     }
+    searched_before = {path.stem for path in folder.glob("*.journal")}
+    for method in sorted(searched_before):
+        _mend(folder / f"{method}.journal")
+    for method in sorted(searched_before - set(methods)):
+        _study(method, folder)  # it is read at the end: one that cannot be read is known now
     for method in methods:
         study = _study(method, folder)
         before = study.user_attrs.get("arguments", arguments)
@@ -176,7 +182,7 @@ def search(
             )
         study.set_user_attr("arguments", arguments)
     with (
-        make_pool(jobs) as pool,
+        make_pool(min(jobs, len(methods))) as pool,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
         futures = [
@@ -232,15 +238,49 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
         study.optimize(accuracy, n_trials=1)
 
 
+_LINE = b'{"op_code":'
+
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Optuna raises for lines that are not its own."""
+
+
 def _study(method: str, folder: Path) -> optuna.Study:
     # With a relative path Optuna's lock would be a link to nowhere, which is waited for forever.
-    journal = JournalFileBackend(str(folder.resolve() / f"{method}.journal"))
-    return optuna.create_study(
-        study_name=method,
-        storage=JournalStorage(journal),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    path = folder.resolve() / f"{method}.journal"
+    try:
+        study = optuna.create_study(
+            study_name=method,
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        for trial in _ended(study):
+            trial.params["epochs"], trial.user_attrs["hyper"]
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path} is not a whole journal of a search ({one_line(error)}); move it away to begin "
+            f"anew"
+        ) from error
+    return study
+
+
+def _mend(path: Path) -> None:
+    """Cut off the line that a killed process was just writing: Optuna could not read on after it.
+
+    Raises:
+        UserError: it is no journal; it is left as it is.
+    """
+    lock = JournalFileSymlinkLock(str(path.resolve()))
+    lock.acquire()
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+        torn = rest != b"" and _LINE.startswith(rest[: len(_LINE)])
+        if not all(line.startswith(_LINE) for line in lines) or (rest and not torn):
+            raise UserError(f"{path} is no journal of a search; move it away to begin anew")
+        if torn:
+            os.truncate(path, path.stat().st_size - len(rest))
+    finally:
+        lock.release()
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

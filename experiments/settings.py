@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments.benchmarks import BENCHMARKS, require_possible
 from experiments.config import Epochs, Hyper, RunConfig
-from experiments.errors import UserError
+from experiments.errors import UserError, one_line
 from experiments.methods import METHODS
 from experiments.models import make_model
 from experiments.resultfiles import write_atomically
@@ -37,7 +37,17 @@ class Setting:
 
 @cache
 def _settings() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+        for place, methods in settings.items():
+            for method, entry in methods.items():
+                benchmark, _, scenario = place.partition("/")
+                RunConfig(benchmark, scenario, method, "", 1, 0, **entry)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(
+            f"{SETTINGS_FILE} cannot be read ({one_line(error)}); restore it with git"
+        ) from error
+    return settings
 
 
 def searched_setting(benchmark: str, scenario: str, method: str) -> Setting | None:
@@ -72,11 +82,12 @@ def source_of(config: RunConfig) -> str:
 
 def adopt(benchmark: str, scenario: str, settings: Mapping[str, Setting]) -> None:
     """Write settings, by method, to :data:`SETTINGS_FILE`."""
-    chosen = json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+    _settings.cache_clear()  # another process may have changed it
+    chosen = _settings()
+    _settings.cache_clear()  # it is changed now
     place = chosen.setdefault(f"{benchmark}/{scenario}", {})
     place.update({method: setting.as_dict() for method, setting in settings.items()})
     write_atomically(SETTINGS_FILE, json.dumps(chosen, indent=1, sort_keys=True) + "\n")
-    _settings.cache_clear()
 
 
 def require_known(method: str, hyper: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -72,6 +73,13 @@ AVALANCHES_WARNINGS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in AVALANCHES_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    bad_input = sys.modules.get("bad_input")
+    if bad_input is not None and bad_input.TRIED:
+        each = ", ".join(f"{n} {where}" for where, n in sorted(bad_input.TRIED.items()))
+        terminalreporter.write_line(f"{bad_input.TRIED.total()} bad inputs tried: {each}")
 
 
 def seed_everything(seed: int = 0) -> None:

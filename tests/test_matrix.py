@@ -9,7 +9,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from avalanche_classp import CLASSP, CLASSPOptimizer, CLASSPPlugin, carry_accumulators
-from avalanche_classp.matrix import EVERY, ROWS, diagonal, matrix_update_, new_sketch
+from avalanche_classp.matrix import (
+    EVERY,
+    ROWS,
+    diagonal,
+    fitted_sketch,
+    matrix_update_,
+    new_sketch,
+)
 from avalanche_classp.metrics import layers
 from avalanche_classp.optimizer import rule_of
 from avalanche_classp.rule import Rule
@@ -287,6 +294,19 @@ def test_a_bigger_model_takes_the_sketches():
         optimizers[1], new.named_parameters(), optimizers[0], old.named_parameters()
     )
     assert "weight" in back.dropped
+
+
+def test_what_waits_is_kept_when_outputs_are_added():
+    state = new_sketch(torch.zeros(2, 5, dtype=torch.float64), rank=5)
+    grads = gradients(EVERY + 2, 2, 5)
+    for g in grads:
+        matrix_update_(torch.zeros(2, 5, dtype=torch.float64), g, state, rule())
+    assert state["rows"].any()
+    grown = fitted_sketch(state, torch.zeros(4, 5, dtype=torch.float64))
+    B = grown["sketch"]
+    assert_close(B @ B.T, torch.einsum("soi,soj->ij", grads, grads))
+    assert grown["rows"].shape == (5, 4 * EVERY) and not grown["rows"].any()
+    assert state["rows"].any()  # the old history is left alone
 
 
 def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny):

@@ -693,6 +693,23 @@ def test_wrong_value_raises_naming_the_argument_and_the_value(name, value, place
     assert len(opt.param_groups) == 1
 
 
+@parametrize(("dtype", "goes_on"), [(torch.float32, False), (torch.float64, True)])
+@parametrize("fused", [None, False])
+def test_a_float32_accumulator_stops_at_2_to_the_24_and_its_weight_with_it(dtype, goes_on, fused):
+    p = Parameter(torch.full((3,), 0.5, dtype=dtype))
+    opt = CLASSPOptimizer([p], lr=0.01, fused=fused)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[p]["accumulator"].fill_(2**24 - 2)
+    opt.step()
+    opt.step()
+    assert_same(accumulators(opt), [torch.full((3,), 2.0**24, dtype=dtype)])
+    before = weights(opt)
+    opt.step()
+    assert (accumulators(opt)[0] > 2**24).tolist() == [goes_on] * 3
+    assert (weights(opt)[0] != before[0]).tolist() == [goes_on] * 3
+
+
 # Models
 
 

@@ -2,12 +2,14 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from small_data import write_mnist
 from torch import nn
 
-from experiments.speed import growth, loop, step
+from avalanche_classp import CLASSPOptimizer
+from experiments.speed import growth, long, loop, step
 from experiments.speed.__main__ import main
 from experiments.speed.measure import in_turn, ratio
 
@@ -71,6 +73,49 @@ def test_metrics_are_timed(tmp_path, capsys):
     printed = capsys.readouterr().out
     shares = [float(line.split("themselves ")[1].split()[0]) for line in printed.splitlines()[-4:]]
     assert all(share > 0 for share in shares)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_long_streams_keep_four_bytes_a_parameter(capsys):
+    main(["long", "--quick"])
+    size = 4 * (64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10)
+    expected = f"state {size} bytes after the first experience, {size} after the last"
+    assert expected in capsys.readouterr().out
+
+
+def test_saturation_is_where_the_formats_say(capsys):
+    """A format with p binary digits counts to 2ᵖ; half-precision weights keep float32 sums."""
+    main(["saturation", "--quick"])
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert f"of {dtype} weights: {2**24}\n" in printed
+    assert f"if it were bfloat16 itself: {2**8}\n" in printed
+    assert f"if it were float16 itself: {2**11}\n" in printed
+    assert "power 1, g = 1: 1.0000 at 1e+03\n" in printed
+
+
+def test_float32_stops_counting_ones_where_it_must():
+    ones = long.DRAWS["g = 1"]
+    assert long.walk(ones, 1, 2**24 + 2**23, np.float32, np.float32)[0] == 2**24
+    assert long.walk(ones, 1, 2**24 + 2**23, np.float64, np.float64)[0] == 2**24 + 2**23
+
+
+@pytest.mark.parametrize("draw", long.DRAWS.values())
+@pytest.mark.parametrize("power", [1, 2])
+def test_walks_are_the_optimizers(power, draw, monkeypatch):
+    """Step by step through the optimizer; with parts, so that their seams are crossed."""
+    monkeypatch.setattr(long, "_PART", 70)
+    for kind in (torch.float32, torch.float64):
+        weight = nn.Parameter(torch.full((), long.START, dtype=kind))
+        optimizer = CLASSPOptimizer([weight], lr=long.LR, epsilon=long.EPSILON, power=power)
+        rng = np.random.default_rng(0)
+        for g in np.concatenate([draw(rng, n) for n in (70, 70, 60)]):
+            weight.grad = torch.tensor(g, dtype=kind)
+            optimizer.step()
+        dtype = {torch.float32: np.float32, torch.float64: np.float64}[kind]
+        expected = long.walk(draw, power, 200, dtype, dtype)
+        accumulator = optimizer.state[weight]["accumulator"].item()
+        assert (accumulator, weight.item()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

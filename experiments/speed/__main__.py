@@ -6,8 +6,8 @@ median, with the lowest and the highest.
 
 Cases: step (a step against AdaGrad's), split-mnist, permuted-mnist, split-cifar10 (Avalanche's
 data loading against in_memory, training and evaluation), classp (against naive SGD and EWC),
-metrics (CLASSP with
-classp_metrics against without), growth (5, 20 and 100 experiences), startup (imports).
+metrics (CLASSP with classp_metrics against without), growth (5, 20 and 100 experiences), long (500
+small experiences), saturation (accumulators over 10⁸ steps), startup (imports).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 
 from experiments.speed.growth import measure_growth
+from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
 from experiments.speed.measure import machine
 from experiments.speed.startup import measure_startup
 from experiments.speed.step import measure_step
 
-ALL_CASES = ("step", *CASES, "classp", "metrics", "growth", "startup")
+ALL_CASES = ("step", *CASES, "classp", "metrics", "growth", "long", "saturation", "startup")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,6 +72,10 @@ def _measure(case: str, options: argparse.Namespace) -> None:
         measure_step(2 if options.quick else options.rounds)
     elif case == "startup":
         measure_startup(pairs)
+    elif case == "long":
+        measure_long(20 if options.quick else 500)
+    elif case == "saturation":
+        measure_saturation([10**3] if options.quick else [10**6, 10**7, 10**8])
     elif case == "growth":
         lengths = (2, 3) if options.quick else (5, 20, 100)
         measure_growth(lengths, options.data_root, options.output)
