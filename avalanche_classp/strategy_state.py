@@ -1,0 +1,456 @@
+"""The state of a strategy as tensors and plain containers, and back into a strategy.
+
+``captured`` walks over everything that a strategy holds. ``restore`` walks over a strategy that was
+built anew, beside what was captured: what is there keeps its identity (a parameter that a user or
+an optimizer holds stays the one that is trained) and gets the captured values. Code is never
+captured: functions, classes and methods stay those of the strategy built anew.
+
+What is shared stays shared: ``torch.save`` writes an object that is met twice once, and memory that
+two tensors share once.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import enum
+import functools
+import logging
+import pathlib
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from avalanche.logging import BaseLogger
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.templates import BaseSGDTemplate
+from avalanche.training.utils import ParamData
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from avalanche_classp.checkpoint_file import CheckpointError
+
+__all__ = ["Stays", "captured", "captured_random_state", "restore", "restore_random_state"]
+
+
+class Stays:
+    """What is no state: it stays as it is in the strategy built anew."""
+
+
+_STAYS = (
+    Stays,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    type,
+    functools.partial,
+    enum.Enum,
+    pathlib.PurePath,
+    torch.device,
+    logging.Logger,
+    BaseLogger,
+)
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes)
+_SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "Size": torch.Size,
+}
+_MAPPINGS: dict[str, type[dict[Any, Any]]] = {
+    "dict": dict,
+    "OrderedDict": collections.OrderedDict,
+    "Counter": collections.Counter,
+    "defaultdict": collections.defaultdict,
+}
+_FACTORIES: dict[str, Callable[[], Any]] = {
+    "dict": dict,
+    "float": float,
+    "int": int,
+    "list": list,
+    "set": set,
+}
+
+_KEPT_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
+    # Hooks: code.
+    (nn.Module, {n for n in vars(nn.Module()) if n.startswith("_")} - _KEPT_OF_MODULES),
+    (EvaluationPlugin, {"loggers"}),
+    # Of the experience at hand: what Avalanche's own _train_cleanup and _eval_cleanup drop, and
+    # JointTraining's experiences.
+    (
+        BaseSGDTemplate,
+        {
+            "experience",
+            "_experiences",
+            "adapted_dataset",
+            "dataloader",
+            "mbatch",
+            "mb_output",
+            "loss",
+            "current_eval_stream",
+            "_eval_streams",
+        },
+    ),
+)
+
+_MADE_ANEW = ("avalanche.evaluation.", "torch.nn.")
+"""Packages whose objects are made where the strategy built anew has none: the means of a metric,
+the layers of a grown model."""
+
+
+# --- capture --------------------------------------------------------------------------------------
+
+
+def captured(strategy: Any) -> dict[str, Any]:
+    """Return what the strategy is made of, for ``torch.save``; tensors are not copied.
+
+    Raises:
+        CheckpointError: something cannot be captured; the message says what and where it is.
+    """
+    return {"classes": _classes(strategy), "state": _Captured().attributes(strategy, "strategy")}
+
+
+def _classes(strategy: Any) -> dict[str, list[str]]:
+    """Return what must be the same in a strategy built anew."""
+    parts = {
+        "strategy": [strategy],
+        "model": [strategy.model],
+        "optimizer": [strategy.optimizer],
+        "plugins": strategy.plugins,
+        "metrics": strategy.evaluator.metrics,
+    }
+    return {what: [_name(type(part)) for part in found] for what, found in parts.items()}
+
+
+def _name(of: type) -> str:
+    return f"{of.__module__}:{of.__qualname__}"
+
+
+class _Captured:
+    """Records of values: atoms and tensors as they are, everything else a dict with its kind."""
+
+    def __init__(self) -> None:
+        # With the objects themselves, so that none is freed and its id used again.
+        self._seen: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def value(self, value: Any, where: str) -> Any:
+        """Return the record of a value, the same one for the same object."""
+        if type(value) in _ATOMS or type(value) in (Tensor, nn.Parameter):
+            return value
+        if id(value) not in self._seen:
+            record: dict[str, Any] = {}
+            self._seen[id(value)] = (value, record)  # before its parts, which may lead back to it
+            record.update(self._record(value, where))
+        return self._seen[id(value)][1]
+
+    def _record(self, value: Any, where: str) -> dict[str, Any]:
+        of = type(value)
+        if of is list or of in _SEQUENCES.values():
+            # A set in its order: sums over it depend on that.
+            return {"kind": of.__name__, "items": self._items(value, where)}
+        if of is collections.deque:
+            return {"kind": "deque", "items": self._items(value, where), "maxlen": value.maxlen}
+        if of in _MAPPINGS.values():
+            return {
+                "kind": "mapping",
+                "of": of.__name__,
+                "factory": getattr(getattr(value, "default_factory", None), "__name__", None),
+                "keys": self._items(value, where),
+                "values": [self.value(v, f"{where}[{k!r}]") for k, v in value.items()],
+            }
+        if isinstance(value, torch.dtype):
+            return {"kind": "dtype", "name": str(value).removeprefix("torch.")}
+        if of is np.ndarray or isinstance(value, np.number | np.bool):
+            tensor = torch.from_numpy(np.array(value))
+            return {
+                "kind": "array",
+                "of": "array" if of is np.ndarray else "number",
+                "data": tensor,
+            }
+        if isinstance(value, torch.Generator):
+            return {"kind": "generator", "state": value.get_state()}
+        if isinstance(value, random.Random):
+            return {"kind": "random", "state": self.value(value.getstate(), where)}
+        if isinstance(value, np.random.Generator):
+            return {"kind": "numpy", "state": self.value(value.bit_generator.state, where)}
+        if isinstance(value, _STAYS):
+            return {"kind": "stays", "class": _name(of)}
+        if isinstance(value, Optimizer):
+            return {
+                "kind": "optimizer",
+                "class": _name(of),
+                "groups": [self._items(group["params"], where) for group in value.param_groups],
+                "state": self.value(value.state_dict(), f"{where}.state_dict()"),
+            }
+        if _has_state_dict(of) and not isinstance(value, nn.Module):
+            state = self.value(value.state_dict(), f"{where}.state_dict()")
+            return {"kind": "state_dict", "class": _name(of), "state": state}
+        if not _is_plain(of) or _holds_data(value):
+            raise CheckpointError(
+                f"{where} is a {of.__module__}.{of.__qualname__}, which a checkpoint cannot hold; "
+                f"do without what keeps it, give the class state_dict() and load_state_dict(), or "
+                f"use Avalanche's save_checkpoint after mend_save_checkpoint()"
+            )
+        return {"kind": "object", "class": _name(of), "attributes": self.attributes(value, where)}
+
+    def attributes(self, value: Any, where: str) -> dict[str, Any]:
+        """Return the records of an object's attributes."""
+        left_out = {name for of, names in _LEFT_OUT if isinstance(value, of) for name in names}
+        return {
+            name: self.value(attribute, f"{where}.{name}")
+            for name, attribute in vars(value).items()
+            if name not in left_out
+        }
+
+    def _items(self, values: Iterable[Any], where: str) -> list[Any]:
+        return [self.value(item, f"{where}[{i}]") for i, item in enumerate(values)]
+
+
+def _has_state_dict(of: type) -> bool:
+    return hasattr(of, "state_dict") and hasattr(of, "load_state_dict")
+
+
+class _Plain:
+    pass
+
+
+def _is_plain(of: type) -> bool:
+    """Tell whether objects of a class have no state but their attributes: as pickle does it."""
+    slots = any(vars(base).get("__slots__") for base in of.__mro__)
+    size = of.__basicsize__ + of.__itemsize__
+    return bool(of.__dictoffset__) and not slots and size <= _Plain.__basicsize__
+
+
+def _holds_data(value: Any) -> bool:
+    of_avalanche = type(value).__module__.startswith("avalanche.benchmarks.")
+    return of_avalanche or isinstance(value, Dataset | DataLoader)
+
+
+# --- restore --------------------------------------------------------------------------------------
+
+
+def restore(strategy: Any, content: Mapping[str, Any]) -> None:
+    """Give a strategy, built as the captured one was, everything that was captured.
+
+    Args:
+        strategy: it is changed in place.
+        content: what :func:`captured` returned, read from a file; its tensors become the
+            strategy's.
+
+    Raises:
+        CheckpointError: the strategy is built differently. It may be changed in part.
+    """
+    fits = _classes(strategy)
+    for what, names in content["classes"].items():
+        if fits[what] != names:
+            raise CheckpointError(
+                f"the checkpoint does not fit the strategy: {what} {_listed(names)} then, "
+                f"{_listed(fits[what])} now; {_BUILD_AS_THEN}"
+            )
+    state = content["state"]
+    restored = _Restored(strategy)
+    # The model first: others hold its parameters, and have none of their own to put in its place.
+    for name in sorted(state, key=lambda name: name != "model"):
+        twin = vars(strategy).get(name)
+        vars(strategy)[name] = restored.value(state[name], twin, f"strategy.{name}")
+
+
+_BUILD_AS_THEN = "build the strategy as it was built then, or name another folder to start anew"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(name.rpartition(":")[2] for name in names) or "none"
+
+
+class _Restored:
+    """Values made of records. A twin is what the strategy built anew has in a value's place."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+        self._made: dict[int, Any] = {}
+
+    def value(self, record: Any, twin: Any, where: str) -> Any:
+        """Return the value of a record, in place of its twin if that is of the same kind."""
+        if type(record) in _ATOMS:
+            return record
+        if id(record) not in self._made:
+            if isinstance(record, Tensor):
+                self._made[id(record)] = _tensor(record, twin, self._strategy.device)
+            else:
+                make = {
+                    "list": self._list,
+                    "mapping": self._mapping,
+                    "object": self._object,
+                    "optimizer": self._optimizer,
+                    "state_dict": self._state_dict,
+                    "stays": self._stays,
+                }.get(record["kind"], self._plain)
+                # The first three note what they make before they fill it: it may hold itself.
+                self._made[id(record)] = make(record, twin, where)
+        return self._made[id(record)]
+
+    def _list(self, record: Any, twin: Any, where: str) -> Any:
+        made = self._made[id(record)] = twin if type(twin) is list else []
+        made[:] = self._items(record["items"], made, where)
+        return made
+
+    def _mapping(self, record: Any, twin: Any, where: str) -> Any:
+        of: Any = _MAPPINGS[record["of"]]
+        made: Any
+        if type(twin) is of:
+            made = twin
+        elif of is not collections.defaultdict:
+            made = of()
+        elif record["factory"] in _FACTORIES:
+            made = of(_FACTORIES[record["factory"]])
+        else:
+            raise self._misfit(where, "a defaultdict")
+        self._made[id(record)] = made
+        keys = [self.value(key, None, where) for key in record["keys"]]
+        new = {}
+        for key, value in zip(keys, record["values"], strict=True):
+            place = made.get(key)
+            if place is None and getattr(made, "default_factory", None) is not None:
+                place = made.default_factory()
+            new[key] = self.value(value, place, f"{where}[{key!r}]")
+        made.clear()
+        made.update(new)
+        return made
+
+    def _object(self, record: Any, twin: Any, where: str) -> Any:
+        if twin is not None and _name(type(twin)) != record["class"]:
+            raise self._misfit(where, record["class"], twin)
+        made = self._new(record["class"], where) if twin is None else twin
+        self._made[id(record)] = made
+        attributes = vars(made)
+        for name, value in record["attributes"].items():
+            attributes[name] = self.value(value, attributes.get(name), f"{where}.{name}")
+        return made
+
+    def _new(self, name: str, where: str) -> Any:
+        """Make an object that only the captured strategy had; no constructor of a user runs."""
+        if name == _name(ParamData):
+            return ParamData("", (0,))
+        for module in self._strategy.model.modules():
+            if _name(type(module)) == name:
+                return copy.deepcopy(module)
+        package, _, qualified = name.partition(":")
+        module = sys.modules.get(package) if package.startswith(_MADE_ANEW) else None
+        of = vars(module).get(qualified) if module else None
+        if not isinstance(of, type) or not _is_plain(of):
+            raise self._misfit(where, name)
+        made: Any = object.__new__(of)
+        if isinstance(made, nn.Module):
+            nn.Module.__init__(made)
+        return made
+
+    def _optimizer(self, record: Any, twin: Any, where: str) -> Any:
+        if not isinstance(twin, Optimizer) or _name(type(twin)) != record["class"]:
+            raise self._misfit(where, record["class"], twin)
+        # A growing head's parameters are other ones than before, and Avalanche adds new ones.
+        groups = [self._items(group, (), where) for group in record["groups"]]
+        twin.state.clear()
+        twin.param_groups[:] = [{**twin.param_groups[0], "params": params} for params in groups]
+        self._load(record, twin, where)
+        return twin
+
+    def _state_dict(self, record: Any, twin: Any, where: str) -> Any:
+        if _name(type(twin)) != record["class"] or not _has_state_dict(type(twin)):
+            raise self._misfit(where, record["class"], twin)
+        self._load(record, twin, where)
+        return twin
+
+    def _load(self, record: Any, twin: Any, where: str) -> None:
+        state = self.value(record["state"], None, where)
+        try:
+            twin.load_state_dict(state)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{where} does not take the state of the checkpoint: {error}"
+            ) from error
+
+    def _stays(self, record: Any, twin: Any, where: str) -> Any:
+        if twin is None:
+            raise self._misfit(where, record["class"])
+        return twin
+
+    def _plain(self, record: Any, twin: Any, where: str) -> Any:
+        """Make what cannot hold itself."""
+        kind = record["kind"]
+        if kind in _SEQUENCES:
+            twins = twin if isinstance(twin, tuple) else ()
+            return _SEQUENCES[kind](self._items(record["items"], twins, where))
+        if kind == "deque":
+            return collections.deque(self._items(record["items"], (), where), record["maxlen"])
+        if kind == "dtype":
+            return getattr(torch, record["name"])
+        if kind == "array":
+            array = record["data"].numpy()
+            return array if record["of"] == "array" else array[()]
+        if twin is None:
+            raise self._misfit(where, kind)
+        state = self.value(record["state"], None, where)
+        if kind == "generator":
+            twin.set_state(state.cpu())
+        elif kind == "random":
+            twin.setstate(state)
+        else:
+            twin.bit_generator.state = state
+        return twin
+
+    def _items(self, records: list[Any], twins: Any, where: str) -> list[Any]:
+        padded = [*twins, *[None] * len(records)]
+        return [self.value(r, padded[i], f"{where}[{i}]") for i, r in enumerate(records)]
+
+    def _misfit(self, where: str, name: str, twin: Any = None) -> CheckpointError:
+        now = "nothing" if twin is None else type(twin).__name__
+        return CheckpointError(
+            f"the checkpoint does not fit the strategy: {where} was {name.rpartition(':')[2]}, and "
+            f"is {now} in the strategy built anew; {_BUILD_AS_THEN}"
+        )
+
+
+def _tensor(loaded: Tensor, twin: Any, device: torch.device) -> Tensor:
+    # Moved only where it must be, for tensors that share memory go on sharing it then.
+    if not isinstance(loaded, nn.Parameter):
+        return loaded.to(twin.device) if isinstance(twin, Tensor) else loaded
+    is_twin = isinstance(twin, nn.Parameter)
+    data = loaded.data.to(twin.device if is_twin else device)
+    if not is_twin or (twin.shape, twin.dtype) != (data.shape, data.dtype):
+        return nn.Parameter(data, requires_grad=loaded.requires_grad)
+    twin.data = data
+    twin.grad = None
+    return twin.requires_grad_(loaded.requires_grad)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def captured_random_state() -> dict[str, Any]:
+    """Return the states of the global generators of Python, NumPy and torch, CUDA's too."""
+    name, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    return {
+        "python": _Captured().value(random.getstate(), "random"),
+        "numpy": [name, torch.from_numpy(words.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(strategy: Any, content: Mapping[str, Any]) -> None:
+    """Set the global generators; of CUDA's those of the devices that there are."""
+    random.setstate(_Restored(strategy).value(content["python"], None, "random"))
+    name, words, *rest = content["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(content["torch"].cpu())
+    if torch.cuda.is_available():
+        for i, state in enumerate(content["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), i)
