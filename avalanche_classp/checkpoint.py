@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.logging import CSVLogger
+from avalanche.training.templates import BaseSGDTemplate
 
 from avalanche_classp.checkpoint_file import (
     TEMPORARY,
@@ -46,61 +47,61 @@ def checkpointed(
     """Return the experiences that are still to be trained, and make a checkpoint after each.
 
     Build benchmark, model and strategy as always, with the same seeds, and loop over this instead
-    of the stream. If the process dies, start the same script again: it goes on where the newest
-    checkpoint was made, and ends with the same weights, accumulators, optimizer state and metrics
-    as if it had never been stopped; on a CPU bit for bit. Example::
+    of the stream. If the process dies, start the same script again: it goes on from the newest
+    checkpoint, and ends with the same weights, accumulators and metrics as if it had never been
+    stopped, on a CPU bit for bit. Example::
 
-        model = SimpleMLP()
-        strategy = CLASSP(model=model, lr=1e-3, train_mb_size=32, train_epochs=20)
+        strategy = CLASSP(model=SimpleMLP(), lr=1e-3, train_mb_size=32, train_epochs=20)
+        strategy.results = []
         for experience in checkpointed(
             benchmark.train_stream, strategy, "checkpoints", every_epochs=5
         ):
             strategy.train(experience)
-            strategy.eval(benchmark.test_stream)
-        print(strategy.evaluator.get_all_metrics())
+            strategy.results.append(strategy.eval(benchmark.test_stream))
 
-    A checkpoint after an experience is made when the loop's body has ended, so evaluations belong
-    to it. One after an epoch is made when all plugins have seen the epoch, the strategy's periodic
-    evaluations too; after a crash ``strategy.train(experience)`` begins with the next epoch. (What
-    the body does before ``train`` is done again then, on the weights of the checkpoint. Only the
-    first experience that the body trains has checkpoints after its epochs, and no checkpoint is
-    made within an epoch.) When the stream is through, the strategy is loaded and the loop empty.
+    *When.* The checkpoint of an experience is made when the loop's body has ended, so evaluations
+    belong to it. That of an epoch is made when all plugins have seen the epoch, the strategy's
+    periodic evaluations too; afterwards ``strategy.train(experience)`` begins with the next epoch.
+    What the body does before ``train`` is done again then, on the weights of the checkpoint; and
+    only the first experience that a body trains has checkpoints of its epochs. There are none
+    within an epoch. When the stream is through, the strategy is loaded and the loop is empty.
 
-    *What is kept.* Everything that the strategy holds: model, with heads that grew; optimizer;
-    plugins, with CLASSP's phase and count, EWC's importances, LwF's former model; clock; metrics,
-    with all values so far; the random states of Python, NumPy, torch and CUDA. Numbers given to
-    constructors are part of that and win over those of the script. Tested to resume bit for bit on
-    a CPU, between experiences and within them: CLASSP, CLASSPPlugin beside EWC, Naive with SGD,
-    Adam and a learning-rate scheduler, EWC (both modes), SynapticIntelligence, MAS, LwF, RWalk,
-    EarlyStoppingPlugin, growing and multiple heads, batch norm and dropout, and ``in_memory``.
-    Others work if they are made of tensors, numbers, containers, modules and objects made of
-    these, or have ``state_dict()`` and ``load_state_dict()``; what is not is refused with a
-    CheckpointError that names it, before the first step where it is there by then. So are plugins
-    that store samples (Replay, GEM's relatives): see :func:`mend_save_checkpoint`.
+    *What.* All that the strategy holds: model, with heads that grew; optimizer; plugins, with
+    CLASSP's phase, EWC's importances and LwF's former model; clock; metrics, with all values so
+    far; attributes of yours, such as ``results`` above; and the random states of Python, NumPy,
+    torch and CUDA. Numbers given to constructors belong to it and win over those of the script.
+    These are tested to resume bit for bit on a CPU, between experiences and within them: CLASSP,
+    with phases and with a learning-rate scheduler; CLASSPPlugin beside EWC; Naive with SGD, Adam
+    and EarlyStoppingPlugin; EWC in both modes, SynapticIntelligence, MAS, LwF, RWalk and
+    JointTraining; growing and multiple heads, batch norm, dropout; ``in_memory``; online streams;
+    worker processes (with ``persistent_workers`` the order of the samples is another one after a
+    crash). Other methods work if they are made of tensors, numbers, containers, modules and objects
+    made of these, or have ``state_dict()`` and ``load_state_dict()``. Nothing is dropped silently:
+    what cannot be kept raises a CheckpointError that says where it is. So do plugins that store
+    samples, such as Replay; see :func:`mend_save_checkpoint`.
 
-    *Loggers* are outputs, and stay those of the script. A CSVLogger begins its files anew; the rows
-    up to the checkpoint are written back into them. TensorboardLogger adds a file of events to its
-    folder, with the values since the checkpoint once more. What InteractiveLogger and TextLogger
-    print since the checkpoint is printed again. Metrics of time go on counting from clocks that
-    began anew.
+    *Loggers* are outputs and stay those of the script. CSVLogger begins its files anew, and the
+    rows up to the checkpoint are written back into them. TensorboardLogger adds a file to its
+    folder, with what came after the checkpoint once more; so do InteractiveLogger and TextLogger
+    print it again. Metrics of time measure with clocks that began anew.
 
-    *Devices.* Tensors come back on the kind of device on which they were, and model and optimizer
-    move to the strategy's; what other plugins hold does not move from a CPU to a GPU. Checkpoints
-    were not tried on a GPU.
+    *Devices.* Tensors come back on the kind of device on which they were; model and optimizer go
+    to the strategy's, and what other plugins hold does not follow them from a CPU to a GPU. None of
+    this was tried on a GPU.
 
-    *Files.* Each is written beside its place, flushed to the disk and renamed, and holds a SHA-256
-    checksum, which is checked before anything is parsed. Reading runs no code from it: a file holds
-    tensors and plain containers alone (``torch.load(weights_only=True)``), and classes are those
-    of the strategy, never imported by name. If the newest cannot be used, the one before is, and a
-    warning says why. The checksum finds damage, and is no signature.
+    *Files.* Each is written beside its place, flushed to the disk and renamed, and has a SHA-256
+    checksum that is compared before anything is parsed; that finds damage, and is no signature.
+    Loading runs no code from a file: it holds tensors and plain containers
+    (``torch.load(weights_only=True)``), and nothing is imported because a file names it.
 
     With an optimizer alone, without Avalanche, use its ``state_dict()`` and ``load_state_dict()``.
 
     Args:
-        stream: the experiences, such as ``benchmark.train_stream``; the same each time.
-        strategy: as it was built. Its state is loaded at once if there is a checkpoint.
-        folder: where the checkpoints of this run, and of no other, are. It is made if need be.
-        every_epochs: also make one after every so many epochs of an experience. Default (None):
+        stream: the experiences, such as ``benchmark.train_stream``, the same each time: a stream
+            that shuffles when it is iterated (``split_online_stream``) as a list.
+        strategy: as it was built. If there is a checkpoint its state is loaded at once.
+        folder: where the checkpoints of this run, and of no other, are; it is made if need be.
+        every_epochs: make one after every so many epochs of an experience, too. Default (None):
             between experiences alone.
         keep: how many are kept, at least 2. Default: 2.
 
@@ -108,13 +109,18 @@ def checkpointed(
         An iterator over the experiences that are left.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range; several processes.
-        CheckpointError: there are checkpoints and none can be used, or the newest does not fit
-            the strategy; later: one cannot be written (the ones before are as they were).
+        TypeError, ValueError: an argument of a wrong type or out of its range; more than one
+            process.
+        CheckpointError: none of the checkpoints can be used; the strategy is built differently or
+            holds what cannot be kept; later, when one cannot be written: those before are intact.
 
     Warns:
         UserWarning: a checkpoint is truncated, corrupt or foreign, and an older one is used.
     """
+    if isinstance(stream, str) or not isinstance(stream, Iterable):
+        raise TypeError(f"stream must be a sequence of experiences, got {stream!r}")
+    if not isinstance(strategy, BaseSGDTemplate):
+        raise TypeError(f"strategy must be an Avalanche strategy, got {strategy!r}")
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
     for name, value, least in (("every_epochs", every_epochs, 1), ("keep", keep, 2)):

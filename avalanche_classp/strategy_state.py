@@ -115,10 +115,11 @@ def captured(strategy: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: something cannot be captured; the message says what and where it is.
     """
-    return {"classes": _classes(strategy), "state": _Captured().attributes(strategy, "strategy")}
+    classes = {what: [_name(of) for of in found] for what, found in _classes(strategy).items()}
+    return {"classes": classes, "strategy": _Captured().value(strategy, "strategy")}
 
 
-def _classes(strategy: Any) -> dict[str, list[str]]:
+def _classes(strategy: Any) -> dict[str, list[type]]:
     """Return what must be the same in a strategy built anew."""
     parts = {
         "strategy": [strategy],
@@ -127,11 +128,18 @@ def _classes(strategy: Any) -> dict[str, list[str]]:
         "plugins": strategy.plugins,
         "metrics": strategy.evaluator.metrics,
     }
-    return {what: [_name(type(part)) for part in found] for what, found in parts.items()}
+    return {what: [type(part) for part in found] for what, found in parts.items()}
 
 
 def _name(of: type) -> str:
     return f"{of.__module__}:{of.__qualname__}"
+
+
+def _is_named(of: type, name: str) -> bool:
+    """Tell whether a class has this name; what was a script then may be a module now."""
+    package, _, qualified = name.partition(":")
+    in_package = of.__module__ == package or "__main__" in (of.__module__, package)
+    return in_package and of.__qualname__ == qualified
 
 
 class _Captured:
@@ -199,16 +207,13 @@ class _Captured:
                 f"do without what keeps it, give the class state_dict() and load_state_dict(), or "
                 f"use Avalanche's save_checkpoint after mend_save_checkpoint()"
             )
-        return {"kind": "object", "class": _name(of), "attributes": self.attributes(value, where)}
-
-    def attributes(self, value: Any, where: str) -> dict[str, Any]:
-        """Return the records of an object's attributes."""
-        left_out = {name for of, names in _LEFT_OUT if isinstance(value, of) for name in names}
-        return {
+        left_out = {name for base, names in _LEFT_OUT if issubclass(of, base) for name in names}
+        attributes = {
             name: self.value(attribute, f"{where}.{name}")
             for name, attribute in vars(value).items()
             if name not in left_out
         }
+        return {"kind": "object", "class": _name(of), "attributes": attributes}
 
     def _items(self, values: Iterable[Any], where: str) -> list[Any]:
         return [self.value(item, f"{where}[{i}]") for i, item in enumerate(values)]
@@ -248,25 +253,20 @@ def restore(strategy: Any, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: the strategy is built differently. It may be changed in part.
     """
-    fits = _classes(strategy)
-    for what, names in content["classes"].items():
-        if fits[what] != names:
+    for what, classes in _classes(strategy).items():
+        then = content["classes"][what]
+        if len(then) != len(classes) or not all(map(_is_named, classes, then)):
             raise CheckpointError(
-                f"the checkpoint does not fit the strategy: {what} {_listed(names)} then, "
-                f"{_listed(fits[what])} now; {_BUILD_AS_THEN}"
+                f"the checkpoint does not fit the strategy: {what} {_listed(then)} then, "
+                f"{_listed(map(_name, classes))} now; {_BUILD_AS_THEN}"
             )
-    state = content["state"]
-    restored = _Restored(strategy)
-    # The model first: others hold its parameters, and have none of their own to put in its place.
-    for name in sorted(state, key=lambda name: name != "model"):
-        twin = vars(strategy).get(name)
-        vars(strategy)[name] = restored.value(state[name], twin, f"strategy.{name}")
+    _Restored(strategy).value(content["strategy"], strategy, "strategy")
 
 
 _BUILD_AS_THEN = "build the strategy as it was built then, or name another folder to start anew"
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(name.rpartition(":")[2] for name in names) or "none"
 
 
@@ -326,21 +326,24 @@ class _Restored:
         return made
 
     def _object(self, record: Any, twin: Any, where: str) -> Any:
-        if twin is not None and _name(type(twin)) != record["class"]:
+        if twin is not None and not _is_named(type(twin), record["class"]):
             raise self._misfit(where, record["class"], twin)
         made = self._new(record["class"], where) if twin is None else twin
         self._made[id(record)] = made
         attributes = vars(made)
-        for name, value in record["attributes"].items():
+        # A strategy's model first: the others hold its parameters, and have none of their own to
+        # put in their place.
+        for name in sorted(record["attributes"], key=lambda name: name != "model"):
+            value = record["attributes"][name]
             attributes[name] = self.value(value, attributes.get(name), f"{where}.{name}")
         return made
 
     def _new(self, name: str, where: str) -> Any:
         """Make an object that only the captured strategy had; no constructor of a user runs."""
-        if name == _name(ParamData):
+        if _is_named(ParamData, name):
             return ParamData("", (0,))
         for module in self._strategy.model.modules():
-            if _name(type(module)) == name:
+            if _is_named(type(module), name):
                 return copy.deepcopy(module)
         package, _, qualified = name.partition(":")
         module = sys.modules.get(package) if package.startswith(_MADE_ANEW) else None
@@ -353,7 +356,7 @@ class _Restored:
         return made
 
     def _optimizer(self, record: Any, twin: Any, where: str) -> Any:
-        if not isinstance(twin, Optimizer) or _name(type(twin)) != record["class"]:
+        if not isinstance(twin, Optimizer) or not _is_named(type(twin), record["class"]):
             raise self._misfit(where, record["class"], twin)
         # A growing head's parameters are other ones than before, and Avalanche adds new ones.
         groups = [self._items(group, (), where) for group in record["groups"]]
@@ -363,7 +366,7 @@ class _Restored:
         return twin
 
     def _state_dict(self, record: Any, twin: Any, where: str) -> Any:
-        if _name(type(twin)) != record["class"] or not _has_state_dict(type(twin)):
+        if not _is_named(type(twin), record["class"]) or not _has_state_dict(type(twin)):
             raise self._misfit(where, record["class"], twin)
         self._load(record, twin, where)
         return twin

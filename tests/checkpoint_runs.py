@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -46,8 +47,9 @@ from avalanche_classp import (
     classp_metrics,
     in_memory,
 )
+from avalanche_classp.strategy_state import Stays
 
-EPOCHS = 4
+EPOCHS = 3
 
 
 def growing() -> nn.Module:
@@ -111,6 +113,22 @@ METHODS = {
 }
 
 
+class StoppedError(Exception):
+    """What ends a run in the place of SIGKILL, where one process is enough."""
+
+
+class Stopper(Stays):
+    """A plugin that stops a run after some iterations. It is no part of the state."""
+
+    def __init__(self) -> None:
+        self.left = math.inf
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise StoppedError
+
+
 class Run:
     """A benchmark and a strategy, built in the same way each time."""
 
@@ -139,6 +157,8 @@ class Run:
             "criterion": nn.CrossEntropyLoss(),
         }
         self.strategy = METHODS[method](self.model, **(arguments | kwargs))
+        self.stopper = Stopper()
+        self.strategy.plugins.append(self.stopper)
 
     def go(self, folder: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Train to the end, with checkpoints if there is a folder, and return what came out."""
@@ -186,7 +206,7 @@ def child(work: Callable[[], object]) -> int:
     try:
         work()
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 -- or it would go on where its parent does
         traceback.print_exc()
         os._exit(1)
 
@@ -230,7 +250,7 @@ def kill_often(folder: Path, kills: int) -> dict[str, Any]:
     while counts["killed"] < kills or not any(checkpoints.glob("*.checkpoint")):
         at_random = counts["killed"] % 2 == 0
         # A run takes longer than this, checkpoints and all.
-        wait = (lambda: time.sleep(dice.uniform(0, 0.3))) if at_random else until_it_writes
+        wait = (lambda: time.sleep(dice.uniform(0, 0.2))) if at_random else until_it_writes
         pid = child(work)
         if killed(pid, wait):
             counts["killed"] += 1
