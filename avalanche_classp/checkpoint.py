@@ -26,6 +26,7 @@ from avalanche_classp.strategy_state import (
     Stays,
     captured,
     captured_random_state,
+    places,
     restore,
     restore_random_state,
 )
@@ -76,9 +77,10 @@ def checkpointed(
     JointTraining; growing and multiple heads, batch norm, dropout; ``in_memory``; online streams;
     worker processes (with ``persistent_workers`` the order of the samples is another one after a
     crash). Other methods work if they are made of tensors, numbers, containers, modules and objects
-    made of these, or have ``state_dict()`` and ``load_state_dict()``. Nothing is dropped silently:
-    what cannot be kept raises a CheckpointError that says where it is. So do plugins that store
-    samples, such as Replay; see :func:`mend_save_checkpoint`.
+    made of these, or have ``state_dict()`` and ``load_state_dict()``. Code (functions, with what
+    closures hold, and hooks) stays that of the script. What else cannot be kept, or not be made
+    anew, raises a CheckpointError that says where it is, and is not dropped silently; so do plugins
+    that store samples, such as Replay: see :func:`mend_save_checkpoint`.
 
     *Loggers* are outputs and stay those of the script. CSVLogger begins its files anew, and the
     rows up to the checkpoint are written back into them. TensorboardLogger adds a file to its
@@ -170,6 +172,7 @@ class _Checkpoints(SupervisedPlugin, Stays):
         self.keep = keep
         self.good: list[Path] = []  # from the oldest to the newest
         self.number = 0
+        self.places: set[str] = set()
         self.done = 0  # how often the loop's body has ended
         self.begun = 0  # experiences that the loop's body has begun to train
         self.within: Path | None = None  # the checkpoint from which an experience goes on
@@ -185,7 +188,7 @@ class _Checkpoints(SupervisedPlugin, Stays):
             if isinstance(plugin, CLASSPPlugin):
                 plugin.take_over(strategy)
         strategy.plugins = [*plugins, self]
-        captured(strategy)  # to refuse now what would be refused after the first experience
+        self.places = places(strategy)  # refuses what would be refused after an experience
         content, problems = self._newest(self._files(), strategy)
         if content is None:
             return
@@ -288,7 +291,7 @@ class _Checkpoints(SupervisedPlugin, Stays):
             "random": captured_random_state(),
             "random_before_training": self.random_state if epoch else None,
             "csv": [_rows(logger) for logger in _csv_loggers(strategy)],
-            **captured(strategy),
+            **captured(strategy, self.places),
         }
         self.number += 1
         path = self.folder / f"{self.number:08}{_SUFFIX}"

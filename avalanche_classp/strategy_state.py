@@ -20,7 +20,7 @@ import pathlib
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +35,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from avalanche_classp.checkpoint_file import CheckpointError
 
-__all__ = ["Stays", "captured", "captured_random_state", "restore", "restore_random_state"]
+__all__ = [
+    "Stays",
+    "captured",
+    "captured_random_state",
+    "places",
+    "restore",
+    "restore_random_state",
+]
 
 
 class Stays:
@@ -58,25 +65,17 @@ _STAYS = (
 )
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
+_OF_NUMBERS = (torch.dtype, np.ndarray, np.generic)
 _SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "Size": torch.Size,
+    of.__name__: of for of in (tuple, set, frozenset, torch.Size)
 }
 _MAPPINGS: dict[str, type[dict[Any, Any]]] = {
-    "dict": dict,
-    "OrderedDict": collections.OrderedDict,
-    "Counter": collections.Counter,
-    "defaultdict": collections.defaultdict,
+    of.__name__: of
+    for of in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
 }
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    "dict": dict,
-    "float": float,
-    "int": int,
-    "list": list,
-    "set": set,
-}
+_CONTAINERS = (list, collections.deque, *_SEQUENCES.values(), *_MAPPINGS.values())
+_MAKERS = (dict, float, int, list, set)
+"""Factories of a defaultdict that are kept by their names."""
 
 _KEPT_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
@@ -109,14 +108,30 @@ the layers of a grown model."""
 # --- capture --------------------------------------------------------------------------------------
 
 
-def captured(strategy: Any) -> dict[str, Any]:
-    """Return what the strategy is made of, for ``torch.save``; tensors are not copied.
+def places(strategy: Any) -> set[str]:
+    """Return where a strategy as it was built has what :func:`restore` cannot make.
 
     Raises:
-        CheckpointError: something cannot be captured; the message says what and where it is.
+        CheckpointError: as :func:`captured`.
+    """
+    capture = _Captured(strategy)
+    capture.value(strategy, "strategy")
+    return capture.places
+
+
+def captured(strategy: Any, known: Collection[str] | None = None) -> dict[str, Any]:
+    """Return what the strategy is made of, for ``torch.save``; tensors are not copied.
+
+    Args:
+        strategy: an Avalanche strategy.
+        known: the :func:`places` of the strategy as it was built. Default (None): anywhere.
+
+    Raises:
+        CheckpointError: something cannot be captured or could not be restored; the message says
+            what and where it is.
     """
     classes = {what: [_name(of) for of in found] for what, found in _classes(strategy).items()}
-    return {"classes": classes, "strategy": _Captured().value(strategy, "strategy")}
+    return {"classes": classes, "strategy": _Captured(strategy, known).value(strategy, "strategy")}
 
 
 def _classes(strategy: Any) -> dict[str, list[type]]:
@@ -145,7 +160,10 @@ def _is_named(of: type, name: str) -> bool:
 class _Captured:
     """Records of values: atoms and tensors as they are, everything else a dict with its kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, strategy: Any = None, known: Collection[str] | None = None) -> None:
+        self.places: set[str] = set()
+        self._strategy = strategy
+        self._known = known
         # With the objects themselves, so that none is freed and its id used again.
         self._seen: dict[int, tuple[Any, dict[str, Any]]] = {}
 
@@ -156,8 +174,29 @@ class _Captured:
         if id(value) not in self._seen:
             record: dict[str, Any] = {}
             self._seen[id(value)] = (value, record)  # before its parts, which may lead back to it
+            known = self._known
+            if self._makes_its_parts(value, where):
+                self._known = None
             record.update(self._record(value, where))
+            self._known = known
         return self._seen[id(value)][1]
+
+    def _makes_its_parts(self, value: Any, where: str) -> bool:
+        """Tell whether restoring makes this with what is in it; raise if it cannot be restored."""
+        of = type(value)
+        # Its values can be made by its factory, which is code.
+        with_factory = of is collections.defaultdict and value.default_factory not in _MAKERS
+        if (of in _CONTAINERS and not with_factory) or isinstance(value, _OF_NUMBERS):
+            return False
+        self.places.add(where)
+        if self._known is None or where in self._known:
+            return with_factory
+        if not _can_be_made(of, self._strategy.model):
+            raise CheckpointError(
+                f"{where} is a {of.__module__}.{of.__qualname__} that was not there at the "
+                f"beginning, and could not be made again in a strategy built anew; {_DO_WITHOUT}"
+            )
+        return True
 
     def _record(self, value: Any, where: str) -> dict[str, Any]:
         of = type(value)
@@ -172,17 +211,17 @@ class _Captured:
                 "of": of.__name__,
                 "factory": getattr(getattr(value, "default_factory", None), "__name__", None),
                 "keys": self._items(value, where),
-                "values": [self.value(v, f"{where}[{k!r}]") for k, v in value.items()],
+                "values": [
+                    # A tensor's or an object's repr says little, and changes.
+                    self.value(v, f"{where}[{k!r}]" if type(k) in _ATOMS else f"{where}[key {i}]")
+                    for i, (k, v) in enumerate(value.items())
+                ],
             }
         if isinstance(value, torch.dtype):
             return {"kind": "dtype", "name": str(value).removeprefix("torch.")}
-        if of is np.ndarray or isinstance(value, np.number | np.bool):
-            tensor = torch.from_numpy(np.array(value))
-            return {
-                "kind": "array",
-                "of": "array" if of is np.ndarray else "number",
-                "data": tensor,
-            }
+        if _is_numeric(value):
+            kind = "array" if of is np.ndarray else "number"
+            return {"kind": kind, "data": torch.from_numpy(np.array(value))}
         if isinstance(value, torch.Generator):
             return {"kind": "generator", "state": value.get_state()}
         if isinstance(value, random.Random):
@@ -204,8 +243,7 @@ class _Captured:
         if not _is_plain(of) or _holds_data(value):
             raise CheckpointError(
                 f"{where} is a {of.__module__}.{of.__qualname__}, which a checkpoint cannot hold; "
-                f"do without what keeps it, give the class state_dict() and load_state_dict(), or "
-                f"use Avalanche's save_checkpoint after mend_save_checkpoint()"
+                f"{_DO_WITHOUT}"
             )
         left_out = {name for base, names in _LEFT_OUT if issubclass(of, base) for name in names}
         attributes = {
@@ -219,8 +257,28 @@ class _Captured:
         return [self.value(item, f"{where}[{i}]") for i, item in enumerate(values)]
 
 
+_DO_WITHOUT = (
+    "do without what keeps it, keep it as numbers, tensors and containers, or use Avalanche's "
+    "save_checkpoint after mend_save_checkpoint()"
+)
+
+
+def _can_be_made(of: type, model: nn.Module) -> bool:
+    if of is ParamData or any(type(module) is of for module in model.modules()):
+        return True
+    return of.__module__.startswith(_MADE_ANEW) and _is_plain(of)
+
+
 def _has_state_dict(of: type) -> bool:
     return hasattr(of, "state_dict") and hasattr(of, "load_state_dict")
+
+
+def _is_numeric(value: Any) -> bool:
+    """Tell whether this is an array or a number of NumPy with a counterpart in torch."""
+    if type(value) is not np.ndarray and not isinstance(value, np.generic):
+        return False
+    extended = (np.dtype(np.longdouble), np.dtype(np.clongdouble))
+    return value.dtype.kind in "biufc" and value.dtype not in extended
 
 
 class _Plain:
@@ -309,8 +367,8 @@ class _Restored:
             made = twin
         elif of is not collections.defaultdict:
             made = of()
-        elif record["factory"] in _FACTORIES:
-            made = of(_FACTORIES[record["factory"]])
+        elif record["factory"] in (factories := {maker.__name__: maker for maker in _MAKERS}):
+            made = of(factories[record["factory"]])
         else:
             raise self._misfit(where, "a defaultdict")
         self._made[id(record)] = made
@@ -326,6 +384,8 @@ class _Restored:
         return made
 
     def _object(self, record: Any, twin: Any, where: str) -> Any:
+        if type(twin) in _ATOMS:
+            twin = None
         if twin is not None and not _is_named(type(twin), record["class"]):
             raise self._misfit(where, record["class"], twin)
         made = self._new(record["class"], where) if twin is None else twin
@@ -395,9 +455,9 @@ class _Restored:
             return collections.deque(self._items(record["items"], (), where), record["maxlen"])
         if kind == "dtype":
             return getattr(torch, record["name"])
-        if kind == "array":
+        if kind in ("array", "number"):
             array = record["data"].numpy()
-            return array if record["of"] == "array" else array[()]
+            return array if kind == "array" else array[()]
         if twin is None:
             raise self._misfit(where, kind)
         state = self.value(record["state"], None, where)
