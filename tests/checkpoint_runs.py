@@ -247,7 +247,11 @@ def kill_often(folder: Path, kills: int) -> dict[str, Any]:
             pass
         time.sleep(dice.uniform(0, 0.001))
 
-    while counts["killed"] < kills or not any(checkpoints.glob("*.checkpoint")):
+    def unfinished() -> bool:
+        made = sorted(checkpoints.glob("*.checkpoint"))
+        return bool(made) and int(made[-1].stem) < 3 * EPOCHS
+
+    while counts["killed"] < kills or not unfinished():
         at_random = counts["killed"] % 2 == 0
         # A run takes longer than this, checkpoints and all.
         wait = (lambda: time.sleep(dice.uniform(0, 0.2))) if at_random else until_it_writes
@@ -269,3 +273,4 @@ if __name__ == "__main__":
         print(json.dumps(kill_often(folder, int(sys.argv[3]))))
     else:
         Run("classp").go(folder / "checkpoints", every_epochs=1)
+        time.sleep(60)  # to be killed
