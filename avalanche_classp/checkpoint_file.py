@@ -58,8 +58,8 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error.strerror}; free space or name another "
-            f"folder and start again: training goes on from the checkpoint before"
+            f"cannot write the checkpoint {path}: {error.strerror}; see to it that it can be "
+            f"written and start again: training goes on from the checkpoint before"
         ) from error
     finally:
         if os.path.lexists(temporary):

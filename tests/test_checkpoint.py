@@ -439,7 +439,7 @@ def test_a_folder_that_is_read_only(folder, tiny):
         if os.geteuid() == 0:
             os.seteuid(65534)  # root may write everywhere
         with pytest.raises(
-            CheckpointError, match=r"cannot write .*: Permission denied; free space"
+            CheckpointError, match=r"cannot write .*: Permission denied; see to it"
         ):
             train_the_rest(folder, tiny)
         with pytest.raises(CheckpointError, match=r"cannot use the folder .*: Permission denied"):
