@@ -438,9 +438,7 @@ def test_a_folder_that_is_read_only(folder, tiny):
     def work():
         if os.geteuid() == 0:
             os.seteuid(65534)  # root may write everywhere
-        with pytest.raises(
-            CheckpointError, match=r"cannot write .*: Permission denied; see to it"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot write .*: Permission denied; see to it"):
             train_the_rest(folder, tiny)
         with pytest.raises(CheckpointError, match=r"cannot use the folder .*: Permission denied"):
             train_the_rest(folder / "new", tiny)
