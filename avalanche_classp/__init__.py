@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from avalanche_classp.carry import CarryReport, carry_accumulators
+from avalanche_classp.checkpoint_file import CheckpointError
 from avalanche_classp.optimizer import (
     CLASSP_optimizer,
     CLASSPOptimizer,
@@ -17,6 +18,7 @@ from avalanche_classp.optimizer import (
 )
 
 if TYPE_CHECKING:
+    from avalanche_classp.checkpoint import checkpointed, mend_save_checkpoint
     from avalanche_classp.csv_logger import CSVValueLogger
     from avalanche_classp.in_memory_data import in_memory
     from avalanche_classp.metrics import classp_metrics
@@ -31,10 +33,13 @@ __all__ = [
     "CLASSP_optimizer",
     "CSVValueLogger",
     "CarryReport",
+    "CheckpointError",
     "NonFiniteGradientError",
     "carry_accumulators",
+    "checkpointed",
     "classp_metrics",
     "in_memory",
+    "mend_save_checkpoint",
 ]
 __version__ = "0.1.0"
 
@@ -43,8 +48,10 @@ _NEEDS_AVALANCHE = {
     "CLASSPPlugin": "plugin",
     "CSVValueLogger": "csv_logger",
     "PAPER_PHASES": "plugin",
+    "checkpointed": "checkpoint",
     "classp_metrics": "metrics",
     "in_memory": "in_memory_data",
+    "mend_save_checkpoint": "checkpoint",
 }
 
 

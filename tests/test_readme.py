@@ -21,13 +21,16 @@ COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/runs"))
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
-def test_the_examples_run_as_printed(capsys):
-    first, second, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run_as_printed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, checkpoints, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     names = {}
     exec(first, names)
     accuracy = names["strategy"].evaluator.get_last_metrics()
     assert accuracy["Top1_Acc_Stream/eval_phase/test_stream/Task000"] > 0.3
+    exec(checkpoints, names)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     exec(second, names)
     names["strategy"].plugins[0].take_over(names["strategy"])
     (group,) = names["strategy"].optimizer.param_groups
