@@ -30,7 +30,7 @@ FIRST_TUNING_SEED = 1000
 _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
-    "adam": lambda t: {"lr": _log(t, "lr", 1e-5, 0.1)},
+    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
     "ewc": lambda t: {
         "lr": _log(t, "lr", 1e-5, 1.0),
         "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
@@ -77,7 +77,8 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
 importances depend on the batch size and the number of steps; distillation's spans four, around the
-weight of the loss itself; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
+weight of the loss itself; Adam moves every weight by about lr in each step, so its lr goes lower
+than the others'; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
 size of the replay buffer is not searched: more is better. With matrix accumulators lr follows from
 the rate in directions that are still free, lr / epsilon^(1/power), which is SGD's and has SGD's
 limits; the rank is not searched, for the same reason as the buffer."""

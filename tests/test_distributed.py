@@ -126,7 +126,16 @@ def work_data_parallel(rank, folder):
             train(model, optimizer, [x])
             found[way].append(whole(model.module, optimizer))
     found["raised"] = nonfinite_on_one_process(DistributedDataParallel(network()), rank)
+    found["matrix"] = with_matrix_accumulators(DistributedDataParallel(network()), batches(9, rank))
     return found
+
+
+def with_matrix_accumulators(model, inputs):
+    """Return the weights and the sketches that training ends with."""
+    optimizer = CLASSPOptimizer(model.parameters(), lr=0.02, epsilon=0.1, power=1.5, rank=3)
+    train(model, optimizer, inputs)
+    sketches = [s["sketch"] for s in optimizer.state.values() if "sketch" in s]
+    return [p.detach() for p in model.parameters()], [b @ b.T for b in sketches]
 
 
 def nonfinite_on_one_process(model, rank):
@@ -163,6 +172,13 @@ def test_data_parallel_processes_agree_after_every_step_and_equal_one_process(da
         assert_close(here, alone(step + 1, **WAYS[way]), rtol=1e-4, atol=1e-6)
 
 
+def test_data_parallel_processes_agree_on_matrix_accumulators(data_parallel):
+    here, there = (found["matrix"] for found in data_parallel)
+    assert_close(here, there, rtol=0, atol=0)
+    assert len(here[1]) == 2
+    assert_close(here, with_matrix_accumulators(network(), batches(9)), rtol=1e-4, atol=1e-6)
+
+
 def test_a_nan_in_one_data_parallel_process_is_refused_by_both(data_parallel):
     (message, unchanged, end), (other_message, other_unchanged, other_end) = (
         found["raised"] for found in data_parallel
@@ -192,6 +208,9 @@ def work_sharded(rank, folder):
     found["one shard"] = nan_in_one_shard(sharded(mesh), rank)
     found["hybrid"] = hybrid(rank)
     found["partial"] = partial_gradient(mesh, rank)
+    with pytest.raises(RuntimeError, match="which has rank=2, is a DTensor: give it rank=0"):
+        model = sharded(mesh)
+        train(model, CLASSPOptimizer(model.parameters(), rank=2), batches(1, rank))
     return found
 
 
