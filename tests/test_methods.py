@@ -259,6 +259,10 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("rwalk", {"ewc_alpha": 0.1}),
         ("rwalk", {"delta_t": 2}),
         ("replay", {"mem_size": 3}),
+        ("classp-matrix", {"threshold": 1e-3}),
+        ("classp-matrix", {"epsilon": 1.0}),
+        ("classp-matrix", {"power": 2.0}),
+        ("classp-matrix", {"rank": 2}),
     ],
 )
 def test_every_hyper_parameter_has_an_effect(method, hyper):
@@ -926,7 +930,7 @@ def test_what_is_not_the_methods_is_not_counted():
 
 def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
-        "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp"
+        "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix"
     )
     for spec in METHODS.values():
         assert 0 < len(spec.description) < 90
