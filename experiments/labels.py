@@ -34,9 +34,13 @@ class Point(NamedTuple):
 
 
 def wrap_label(label: str, width: int) -> list[str]:
-    """Break "method, key value, key value" into lines, behind commas where possible."""
+    """Break "method, key value, key value" into lines, behind commas where possible.
+
+    What is longer than a line is broken at its hyphens.
+    """
     together = re.sub("(?<!,) ", "\N{NO-BREAK SPACE}", label)
-    lines = textwrap.wrap(together, width, break_on_hyphens=False)
+    too_long = max(map(len, label.split()), default=0) > width
+    lines = textwrap.wrap(together, width, break_on_hyphens=too_long)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 

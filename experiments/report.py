@@ -329,7 +329,7 @@ def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = [list(line) for line in zip(*map(_two_lines, cells[0]), strict=True)] + cells[1:]
     widths = [max(len(line[i]) for line in table) for i in range(len(cells[0]))]
     # What the numbers leave is for the methods; long labels go on in further lines.
-    widths[0] = min(widths[0], max(13, _TERMINAL_WIDTH - sum(width + 2 for width in widths[1:])))
+    widths[0] = min(widths[0], max(12, _TERMINAL_WIDTH - sum(width + 2 for width in widths[1:])))
     lines = []
     for line in table:
         first, *more = wrap_label(line[0], widths[0]) or [""]

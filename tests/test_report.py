@@ -362,6 +362,9 @@ def test_long_labels_go_on_in_further_lines():
 def test_labels_break_behind_commas():
     assert wrap_label("classp, epochs 3, lr 0.01", 20) == ["classp, epochs 3,", "lr 0.01"]
     assert wrap_label("ewc-online", 20) == ["ewc-online"]
+    # What is longer than a line is broken at its hyphens.
+    assert wrap_label("classp-matrix, lr 1e-05", 12) == ["classp-", "matrix,", "lr 1e-05"]
+    assert wrap_label("classp-matrix, lr 1e-05", 14) == ["classp-matrix,", "lr 1e-05"]
 
 
 # Figures
