@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from avalanche_classp.matrix import fitted_sketch
-from avalanche_classp.optimizer import CLASSPOptimizer
+from avalanche_classp.optimizer import CLASSPOptimizer, has_history
 from avalanche_classp.rule import accumulator_dtype
 
-__all__ = ["CarryReport", "carry_accumulators", "fitted", "has_history"]
+__all__ = ["CarryReport", "carry_accumulators", "fitted"]
 
 Shape = tuple[int, ...]
 
@@ -144,12 +144,6 @@ def _by_name(argument: str, named: Any) -> dict[str, Tensor]:
                 f"but holds a {type(pair).__name__}"
             )
     return dict(pairs)
-
-
-def has_history(state: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Tell whether an optimizer's state of a parameter holds a history."""
-    # The keys and not the dict: Avalanche leaves an empty dict for a new head.
-    return state is not None and ("accumulator" in state or "sketch" in state)
 
 
 def fitted(history: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:

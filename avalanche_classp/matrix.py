@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
+from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
 __all__ = ["diagonal", "fitted_sketch", "matrix_update_", "new_sketch", "rows_for", "takes_matrix"]
 
@@ -95,12 +95,7 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
         with Frequent Directions", 2023, arXiv:2302.03764. V. Gupta, T. Koren, Y. Singer, "Shampoo:
         preconditioned stochastic tensor optimization", 2018, arXiv:1802.09568.
     """
-    dtype = state["sketch"].dtype
-    G = grad.reshape(len(grad), -1).to(dtype)
-    if rule.threshold > 0:
-        G = torch.nn.functional.hardshrink(G, cutoff(rule.threshold, dtype))
-    if rule.skip_nonfinite:
-        G = torch.where(G.abs() <= largest_usable_gradient(dtype, rule.power), G, 0.0)
+    G = passed(grad.reshape(len(grad), -1), state["sketch"].dtype, rule)
     _remember_(state, G, rule.power)
     U = _suppressed(G, state, rule) if rule.apply_decay else G
     if rule.threshold > 0 or rule.skip_nonfinite:

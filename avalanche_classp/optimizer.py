@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ __all__ = [
     "CLASSPOptimizer",
     "CLASSP_optimizer",
     "NonFiniteGradientError",
+    "has_history",
     "rule_of",
     "validate_hyperparameters",
 ]
@@ -135,8 +136,9 @@ class CLASSPOptimizer(Optimizer):
             a kernel that lies ready. Default (None): see ``foreach``.
         rank: 0 is the paper's rule: a history for every weight. Above 0, an extension of ours:
             every parameter with two dimensions or more has a matrix accumulator, a history for
-            every direction of its layer's inputs, in a sketch of so many columns (64 and 128 were
-            tried); vectors keep the rule above. With the gradient G as a matrix, outputs × inputs,
+            every direction of its layer's inputs, in a sketch of so many columns (16 to
+            256 were tried); vectors keep the rule above. With the gradient G as a matrix,
+            outputs × inputs,
             :math:`A \leftarrow A + G^\top G \lVert G \rVert^{p-2}` and
             :math:`W \leftarrow W - lr \cdot G (\epsilon I + A)^{-1/p}`; see
             ``avalanche_classp/matrix.py``. It keeps (rank + 32) numbers for each input of a layer,
@@ -457,6 +459,12 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     )
 
 
+def has_history(state: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Tell whether an optimizer's state of a parameter holds a history."""
+    # The keys and not the dict: Avalanche leaves an empty dict for a new head.
+    return state is not None and ("accumulator" in state or "sketch" in state)
+
+
 def _require_loadable(
     state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -493,8 +501,7 @@ def _require_loadable(
     as_many = len(ids) == sum(len(group["params"]) for group in param_groups)
     for saved_id, values in state.items():
         _require_type(f"state[{saved_id!r}]", values, Mapping)
-        has_history = "accumulator" in values or "sketch" in values
-        if has_history and saved_id not in ids and as_many:
+        if has_history(values) and saved_id not in ids and as_many:
             raise ValueError(
                 f"state_dict's param_groups do not name parameter {saved_id!r}, of which it has an "
                 f"accumulator"
@@ -650,7 +657,7 @@ _VALIDATORS: dict[str, Callable[[Any], None]] = {
     "nonfinite": _validate_nonfinite,
     "foreach": lambda value: _validate_choice("foreach", value),
     "fused": lambda value: _validate_choice("fused", value),
-    "rank": lambda value: _validate_rank(value),
+    "rank": _validate_rank,
 }
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from avalanche_classp.carry import fitted, has_history
-from avalanche_classp.optimizer import CLASSPOptimizer, validate_hyperparameters
+from avalanche_classp.carry import fitted
+from avalanche_classp.optimizer import CLASSPOptimizer, has_history, validate_hyperparameters
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
 

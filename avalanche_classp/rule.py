@@ -19,6 +19,7 @@ __all__ = [
     "classp_update_",
     "cutoff",
     "largest_usable_gradient",
+    "passed",
     "root_may_vanish",
     "sparse_update_",
 ]
@@ -56,13 +57,7 @@ def classp_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule)
         rule: the hyper-parameters.
     """
     dtype = accumulator.dtype
-    g = grad.to(dtype)
-    if rule.threshold > 0:
-        # hardshrink keeps the gradients with |g| > cutoff and makes the others zero. A zero
-        # gradient changes neither A nor w, so nothing below needs a mask.
-        g = torch.nn.functional.hardshrink(g, cutoff(rule.threshold, dtype))
-    if rule.skip_nonfinite:
-        g = torch.where(g.abs() <= largest_usable_gradient(dtype, rule.power), g, 0.0)
+    g = passed(grad, dtype, rule)
     step = rule.lr if rule.maximize else -rule.lr
 
     if rule.power == 1:
@@ -85,6 +80,20 @@ def classp_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule)
         param.addcmul_(g, history.rsqrt_(), value=step)
     else:
         param.addcdiv_(g, history.pow_(1 / rule.power), value=step)
+
+
+def passed(grad: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
+    """Return the gradients in the dtype, zero where the threshold or ``skip_nonfinite`` stops them.
+
+    A zero gradient changes neither A nor w, so what follows needs no mask.
+    """
+    g = grad.to(dtype)
+    if rule.threshold > 0:
+        # hardshrink keeps the gradients with |g| > cutoff and makes the others zero.
+        g = torch.nn.functional.hardshrink(g, cutoff(rule.threshold, dtype))
+    if rule.skip_nonfinite:
+        g = torch.where(g.abs() <= largest_usable_gradient(dtype, rule.power), g, 0.0)
+    return g
 
 
 def sparse_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule) -> None:

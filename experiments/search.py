@@ -71,7 +71,9 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
         "paper_phases": _flag(t, "paper_phases"),
     },
     "classp-matrix": lambda t: _matrix_space(
-        _log(t, "free_rate", 0.01, 1.0), _log(t, "epsilon", 1e-4, 5.0), _power(t)
+        _log(t, "free_rate", 0.01, 1.0),
+        _log(t, "epsilon", 1e-4, 5.0),
+        t.suggest_float("power", 1.0, 2.5),
     ),
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
@@ -89,10 +91,6 @@ optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 def _log(trial: Trial, name: str, low: float, high: float) -> float:
     return trial.suggest_float(name, low, high, log=True)
-
-
-def _power(trial: Trial) -> float:
-    return trial.suggest_float("power", 1.0, 2.5)
 
 
 def _matrix_space(free_rate: float, epsilon: float, power: float) -> dict[str, Any]:
