@@ -20,7 +20,16 @@ from torch import Tensor
 
 from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
-__all__ = ["diagonal", "fitted_sketch", "matrix_update_", "new_sketch", "rows_for", "takes_matrix"]
+__all__ = [
+    "diagonal",
+    "fitted_sketch",
+    "matrix_update_",
+    "new_sketch",
+    "rows_for",
+    "sides_of",
+    "size_of",
+    "takes_matrix",
+]
 
 ROWS = 8
 """Random combinations of a gradient's rows that are remembered of each step."""
@@ -34,30 +43,43 @@ def takes_matrix(param: Tensor, rank: int) -> bool:
     return rank > 0 and param.dim() >= 2
 
 
-def rows_for(param: Tensor) -> int:
+def sides_of(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the names of a state's tensors begin with: "" for inputs, "out_" for outputs."""
+    return ("", "out_") if "out_sketch" in state else ("",)
+
+
+def size_of(param: Tensor, side: str) -> int:
+    """Return the number of a parameter's inputs, or of its outputs."""
+    return len(param) if side else param[0].numel()
+
+
+def rows_for(param: Tensor, side: str = "") -> int:
     """Return how many rows of a parameter's gradients wait to be put into its sketch."""
-    return EVERY * min(ROWS, len(param))
+    others = param[0].numel() if side else len(param)
+    return EVERY * min(ROWS, others)
 
 
-def new_sketch(param: Tensor, rank: int) -> dict[str, Any]:
+def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, Any]:
     """Return the state of a parameter without history.
 
     Args:
         param: of shape (out, ...); all dimensions but the first count as the inputs.
         rank: columns of the sketch; at most as many as there are inputs are used.
+        both_sides: whether to have a history of the outputs, too.
 
     Returns:
         ``sketch``, B of shape (inputs, rank), with orthogonal columns; ``rows``, of shape (inputs,
         ROWS · EVERY) or less, what is not yet in it; ``shed``, ρ; ``step``, the number of updates.
+        With ``both_sides`` also ``out_sketch``, ``out_rows`` and ``out_shed``, those of outputs.
     """
-    inputs = param[0].numel()
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
-    return {
-        "sketch": torch.zeros(inputs, min(rank, inputs), **kind),
-        "rows": torch.zeros(inputs, rows_for(param), **kind),
-        "shed": torch.zeros((), **kind),
-        "step": 0,
-    }
+    state: dict[str, Any] = {"step": 0}
+    for side in ("", "out_") if both_sides else ("",):
+        size = size_of(param, side)
+        state[side + "sketch"] = torch.zeros(size, min(rank, size), **kind)
+        state[side + "rows"] = torch.zeros(size, rows_for(param, side), **kind)
+        state[side + "shed"] = torch.zeros((), **kind)
+    return state
 
 
 def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rule) -> None:
@@ -76,11 +98,21 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
     other powers the factor keeps what CLASSP has: the steps do not change with the scale of the
     gradients, epsilon apart. A weight that the threshold stops is not moved.
 
+    With a history of the outputs, too, half of the root is each side's, as in Shampoo:
+
+    .. math::
+
+        L \leftarrow L + G G^\top \, \lVert G \rVert_F^{\,p-2}, \qquad
+        W \leftarrow W - lr \cdot (\epsilon I + L)^{-1/2p} \, G \, (\epsilon I + A)^{-1/2p}
+
+    Then what was much used is protected as a pair, a direction of the inputs into one of the
+    outputs, and the same inputs may still be put to another use.
+
     A is not stored. It is :math:`B B^\top + \rho I` with B of few columns, by Frequent Directions
     (Liberty, 2013) that keep what they shed as ρ (Luo et al., 2019), and of each gradient a few
     random combinations of its rows count, whose expectation is :math:`G^\top G`. They are drawn
     anew, and the same, for each number of the step. What the last steps, at most EVERY - 1, have
-    added is not yet in A.
+    added is not yet in A. So it is with L.
 
     Args:
         param: the weights; changed in place.
@@ -96,16 +128,18 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
         preconditioned stochastic tensor optimization", 2018, arXiv:1802.09568.
     """
     G = passed(grad.reshape(len(grad), -1), state["sketch"].dtype, rule)
-    _remember_(state, G, rule.power)
+    for side in sides_of(state):
+        _remember_(state, side, G.T if side else G, rule.power)
+    state["step"] += 1
     U = _suppressed(G, state, rule) if rule.apply_decay else G
     if rule.threshold > 0 or rule.skip_nonfinite:
         U = torch.where(G == 0, 0.0, U)
-    param.add_(U.view(param.shape), alpha=rule.lr if rule.maximize else -rule.lr)
+    param.add_(U.reshape(param.shape), alpha=rule.lr if rule.maximize else -rule.lr)
 
 
-def _remember_(state: dict[str, Any], G: Tensor, power: float) -> None:
-    """Add the gradient to the history."""
-    step, rows = state["step"], state["rows"]
+def _remember_(state: dict[str, Any], side: str, G: Tensor, power: float) -> None:
+    """Add the gradient, whose columns are the side's, to the side's history."""
+    step, rows = state["step"], state[side + "rows"]
     count = rows.shape[1] // EVERY
     K = G
     if count < len(G):
@@ -118,14 +152,13 @@ def _remember_(state: dict[str, Any], G: Tensor, power: float) -> None:
         K = K * (G.norm() ** (power / 2 - 1)).nan_to_num(nan=0.0, posinf=0.0)
     place = step % EVERY
     rows[:, place * count : (place + 1) * count] = K.T
-    state["step"] = step + 1
     if place == EVERY - 1 or step < EVERY:
-        _merge_(state)
+        _merge_(state, side)
 
 
-def _merge_(state: dict[str, Any]) -> None:
+def _merge_(state: dict[str, Any], side: str) -> None:
     """Put the remembered rows into the sketch; shed what it has no columns for."""
-    sketch, rows = state["sketch"], state["rows"]
+    sketch, rows = state[side + "sketch"], state[side + "rows"]
     M = torch.cat([sketch, rows], 1)
     values, vectors = torch.linalg.eigh((M.T @ M).double())
     rank = sketch.shape[1]
@@ -134,46 +167,65 @@ def _merge_(state: dict[str, Any]) -> None:
     # Below that a value is rounding, and its vector any.
     real = kept > torch.finfo(sketch.dtype).eps * kept[-1]
     shrink = torch.where(real, ((kept - floor).clamp_min(0) / kept).sqrt(), 0.0)
-    state["sketch"] = M @ (vectors[:, -rank:] * shrink).to(sketch.dtype)
-    state["shed"] += floor.to(sketch.dtype)
+    state[side + "sketch"] = M @ (vectors[:, -rank:] * shrink).to(sketch.dtype)
+    state[side + "shed"] += floor.to(sketch.dtype)
     rows.zero_()
 
 
 def _suppressed(G: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
-    """Return G (epsilon I + A)^(-1/power)."""
-    B, least = state["sketch"], state["shed"] + rule.epsilon
-    values = B.square().sum(0)
-    free = least ** (-1 / rule.power)
-    change = ((least + values) ** (-1 / rule.power) - free) / values
-    return free * G + ((G @ B) * torch.where(values > 0, change, 0.0)) @ B.T
+    """Return G (epsilon I + A)^(-1/power), or with outputs half of the root on each side."""
+    sides = sides_of(state)
+    exponent = -1 / (rule.power * len(sides))
+    for side in sides:
+        B, least = state[side + "sketch"], state[side + "shed"] + rule.epsilon
+        values = B.square().sum(0)
+        free = least**exponent
+        change = torch.where(values > 0, ((least + values) ** exponent - free) / values, 0.0)
+        if side:
+            G = free * G + B @ (change[:, None] * (B.T @ G))
+        else:
+            G = free * G + ((G @ B) * change) @ B.T
+    return G
 
 
 def diagonal(state: Mapping[str, Any], param: Tensor) -> Tensor:
-    """Return the diagonal of A, which is each input's, as a tensor of the parameter's shape."""
-    known = torch.cat([state["sketch"], state["rows"]], 1).square().sum(1) + state["shed"]
-    return known.view(param.shape[1:]).expand(param.shape)
+    """Return the diagonal of A, which is each input's, as a tensor of the parameter's shape.
+
+    With a history of the outputs: the geometric mean of A's and of L's.
+    """
+    both = [_own(state, side) for side in sides_of(state)]
+    if len(both) == 1:
+        return both[0].view(param.shape[1:]).expand(param.shape)
+    return (both[1][:, None] * both[0]).sqrt().view(param.shape)
+
+
+def _own(state: Mapping[str, Any], side: str) -> Tensor:
+    known = torch.cat([state[side + "sketch"], state[side + "rows"]], 1)
+    return known.square().sum(1) + state[side + "shed"]
 
 
 def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
     """Return a history for a parameter that may have grown, on its device; not always a copy.
 
-    New inputs (at the end) begin without history; the history is not of outputs. None if there are
-    fewer inputs than before, or the parameter has become a vector.
+    New inputs and outputs (at the end) begin without history. None if there are fewer of those that
+    it is of than before, or the parameter has become a vector.
     """
     if param.dim() < 2:
         return None
-    more = param[0].numel() - len(state["sketch"])
-    if more < 0:
-        return None
     fitted = dict(state)
-    for name in ("sketch", "rows", "shed"):
-        fitted[name] = state[name].to(param.device, accumulator_dtype(param))
-    if more:
-        for name in ("sketch", "rows"):
-            fitted[name] = torch.nn.functional.pad(fitted[name], (0, 0, 0, more))
-    if fitted["rows"].shape[1] != rows_for(param):
-        # More outputs, and so more rows from each step: what waits goes into the sketch.
-        fitted["rows"], fitted["shed"] = fitted["rows"].clone(), fitted["shed"].clone()
-        _merge_(fitted)
-        fitted["rows"] = fitted["rows"].new_zeros(param[0].numel(), rows_for(param))
+    for side in sides_of(state):
+        sketch, rows, shed = (side + name for name in ("sketch", "rows", "shed"))
+        for name in (sketch, rows, shed):
+            fitted[name] = state[name].to(param.device, accumulator_dtype(param))
+        more = size_of(param, side) - len(state[sketch])
+        if more < 0:
+            return None
+        if more:
+            for name in (sketch, rows):
+                fitted[name] = torch.nn.functional.pad(fitted[name], (0, 0, 0, more))
+        if fitted[rows].shape[1] != rows_for(param, side):
+            # More of the other side, so more rows from each step: what waits goes into the sketch.
+            fitted[rows], fitted[shed] = fitted[rows].clone(), fitted[shed].clone()
+            _merge_(fitted, side)
+            fitted[rows] = fitted[rows].new_zeros(size_of(param, side), rows_for(param, side))
     return fitted

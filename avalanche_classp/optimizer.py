@@ -22,6 +22,8 @@ from avalanche_classp.matrix import (
     matrix_update_,
     new_sketch,
     rows_for,
+    sides_of,
+    size_of,
     takes_matrix,
 )
 from avalanche_classp.paths import update_, usable
@@ -44,7 +46,7 @@ __all__ = [
 
 _NONFINITE_POLICIES = ("raise", "skip")
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
 release 0.1.0 wrote has none and counts as 0."""
 
@@ -147,6 +149,11 @@ class CLASSPOptimizer(Optimizer):
             more: :math:`lr / \epsilon^{1/p}` is SGD's rate in directions that are still free;
             begin with 0.1 to 0.3 for it. ``foreach`` and ``fused`` do not concern such parameters.
             Default: 0.
+        both_sides: with rank above 0, whether there is such a history of the outputs, too,
+            :math:`L \leftarrow L + G G^\top \lVert G \rVert^{p-2}`, and
+            :math:`W \leftarrow W - lr \cdot (\epsilon I + L)^{-1/2p} \, G \,
+            (\epsilon I + A)^{-1/2p}`. It counts when a parameter's history begins, as rank does.
+            Default: False.
 
     All paths give the same numbers: with the powers 1 and 2 to the last bit on a CPU with AVX2,
     else but for rounding. Only ``foreach=True``, ``foreach=False`` and a GPU's default need memory
@@ -213,6 +220,7 @@ class CLASSPOptimizer(Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         rank: int = 0,
+        both_sides: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -225,6 +233,7 @@ class CLASSPOptimizer(Optimizer):
             "foreach": foreach,
             "fused": fused,
             "rank": rank,
+            "both_sides": both_sides,
         }
         # The defaults are checked even if every group overrides them.
         validate_hyperparameters(defaults)
@@ -243,6 +252,7 @@ class CLASSPOptimizer(Optimizer):
             group.setdefault("foreach", None)
             group.setdefault("fused", None)
             group.setdefault("rank", 0)
+            group.setdefault("both_sides", False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; hyper-parameters that it does not name are the constructor's.
@@ -349,7 +359,7 @@ class CLASSPOptimizer(Optimizer):
                 if p.grad is None:
                     continue
                 if takes_matrix(p, group["rank"]):
-                    matrix_update_(p, p.grad, self._sketch_of(p, group["rank"]), rule)
+                    matrix_update_(p, p.grad, self._sketch_of(p, group), rule)
                     continue
                 grad = local_gradient(p, p.grad)
                 weights, accumulator = local(p), local(self._accumulator_of(p))
@@ -374,11 +384,11 @@ class CLASSPOptimizer(Optimizer):
             accumulator = state["accumulator"] = accumulator.to(p.device, dtype)
         return accumulator
 
-    def _sketch_of(self, p: Tensor, rank: int) -> dict[str, Any]:
+    def _sketch_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a parameter's matrix accumulator, like :meth:`_accumulator_of`."""
         state = self.state[p]
         if "sketch" not in state:
-            state.update(new_sketch(p, rank))
+            state.update(new_sketch(p, group["rank"], group["both_sides"]))
         elif (state["sketch"].device, state["sketch"].dtype) != (p.device, accumulator_dtype(p)):
             state.update(fitted_sketch(state, p) or {})
         return state
@@ -534,26 +544,29 @@ def _require_accumulator(saved_id: int | str, saved: Any, p: Tensor) -> None:
 
 
 def _require_sketch(saved_id: int | str, values: Mapping[str, Any], p: Tensor) -> None:
-    for name, dimensions, least in (
-        ("sketch", 2, -math.inf),
-        ("rows", 2, -math.inf),
-        ("shed", 0, 0),
-    ):
-        what = f"{name} of parameter {saved_id}"
-        _require_type(what, values.get(name), Tensor)
-        if values[name].dim() != dimensions:
-            raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
-        _require_numbers(what, values[name], p, least)
-    _require_type(f"step of parameter {saved_id}", values.get("step"), int)
-    sketch, rows, step = (values[name] for name in ("sketch", "rows", "step"))
-    matches = p.dim() >= 2 and len(sketch) == p[0].numel() and sketch.shape[1] > 0 <= step
-    if not (matches and rows.shape == (len(sketch), rows_for(p))):
-        raise ValueError(
-            f"state_dict's matrix accumulator of parameter {saved_id} is for {len(sketch)} inputs, "
-            f"with a sketch of shape {tuple(sketch.shape)}, rows of shape {tuple(rows.shape)} and "
-            f"step {step}, the parameter has the shape {tuple(p.shape)}; if the model has grown "
-            f"use avalanche_classp.carry_accumulators"
-        )
+    step: Any = values.get("step")
+    _require_type(f"step of parameter {saved_id}", step, int)
+    for side in sides_of(values):
+        for name, dimensions, least in (
+            (side + "sketch", 2, -math.inf),
+            (side + "rows", 2, -math.inf),
+            (side + "shed", 0, 0),
+        ):
+            what = f"{name} of parameter {saved_id}"
+            _require_type(what, values.get(name), Tensor)
+            if values[name].dim() != dimensions:
+                raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
+            _require_numbers(what, values[name], p, least)
+        sketch, rows = values[side + "sketch"], values[side + "rows"]
+        matches = p.dim() >= 2 and len(sketch) == size_of(p, side) and sketch.shape[1] > 0 <= step
+        if not (matches and rows.shape == (len(sketch), rows_for(p, side))):
+            raise ValueError(
+                f"state_dict's matrix accumulator of parameter {saved_id} is for {len(sketch)} "
+                f"{'outputs' if side else 'inputs'}, with a sketch of shape "
+                f"{tuple(sketch.shape)}, rows of shape {tuple(rows.shape)} and step {step}, the "
+                f"parameter has the shape {tuple(p.shape)}; if the model has grown use "
+                f"avalanche_classp.carry_accumulators"
+            )
 
 
 def _require_numbers(what: str, saved: Tensor, p: Tensor, least: float) -> None:
@@ -658,6 +671,7 @@ _VALIDATORS: dict[str, Callable[[Any], None]] = {
     "foreach": lambda value: _validate_choice("foreach", value),
     "fused": lambda value: _validate_choice("fused", value),
     "rank": _validate_rank,
+    "both_sides": lambda value: _validate_flag("both_sides", value),
 }
 
 

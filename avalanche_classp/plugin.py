@@ -30,7 +30,7 @@ power 1."""
 
 _PHASE_KEYS = ("lr", "threshold", "epsilon", "power", "apply_decay")
 # What an optimizer that is being replaced hands on, where it has it.
-_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "rank")
+_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "rank", "both_sides")
 # Choices of implementation: nothing is lost with them.
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -58,6 +58,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         foreach: likewise.
         fused: likewise.
         rank: likewise.
+        both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
             keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
             ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
@@ -116,6 +117,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         foreach: bool | None = None,
         fused: bool | None = None,
         rank: int | None = None,
+        both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -129,6 +131,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             "foreach": foreach,
             "fused": fused,
             "rank": rank,
+            "both_sides": both_sides,
         }
         self.hyperparameters = {k: v for k, v in given.items() if v is not None}
         """What was given; None was left out."""

@@ -44,6 +44,7 @@ class CLASSP(SupervisedTemplate):
         foreach: likewise.
         fused: likewise.
         rank: likewise.
+        both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
         train_mb_size: training mini-batch size. Default: 1.
@@ -106,6 +107,7 @@ class CLASSP(SupervisedTemplate):
         foreach: bool | None = None,
         fused: bool | None = None,
         rank: int | None = None,
+        both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         train_mb_size: int = 1,
         train_epochs: int = 1,
@@ -138,6 +140,7 @@ class CLASSP(SupervisedTemplate):
             foreach=foreach,
             fused=fused,
             rank=rank,
+            both_sides=both_sides,
             phases=phases,
         )
         if optimizer is None:

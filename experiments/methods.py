@@ -211,7 +211,14 @@ METHODS = {
     ),
     "classp-matrix": Method(
         "CLASSP with matrix accumulators (rank above 0), an extension: a history for directions",
-        {"lr": 0.02, "threshold": 0.0, "epsilon": 0.02, "power": 1.5, "rank": 128},
+        {
+            "lr": 0.02,
+            "threshold": 0.0,
+            "epsilon": 0.02,
+            "power": 1.5,
+            "rank": 96,
+            "both_sides": False,
+        },
         _classp,
     ),
 }

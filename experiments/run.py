@@ -45,10 +45,11 @@ def run(
     data_root: Path | None = None,
     progress: Callable[[], object] = lambda: None,
     logs: Path | None = None,
+    judge: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
 
-    A validation run is evaluated after the last experience only: the search needs no more.
+    A validation run is evaluated after the last experience only, but for what ``judge`` is told.
 
     Args:
         config: what to run.
@@ -56,6 +57,8 @@ def run(
         progress: called after each experience is trained and evaluated.
         logs: TensorBoard log directory, emptied first; see :mod:`experiments.tensorboard`. The
             numbers are the same with and without. Default: none.
+        judge: called in a validation run after each experience but the last with the number of
+            experiences so far and the mean accuracy on them; what it raises ends the run.
 
     Returns:
         The result, as JSON can hold it; ``experiments/results/README.md`` explains every key.
@@ -65,13 +68,17 @@ def run(
         DivergedError: the weights, or CLASSP's gradients, became non-finite.
     """
     with open_board(logs, config) as board:
-        result = _run(config, data_root, progress, board)
+        result = _run(config, data_root, progress, board, judge)
         board.finish(result)
     return result
 
 
 def _run(
-    config: RunConfig, data_root: Path | None, progress: Callable[[], object], board: Board
+    config: RunConfig,
+    data_root: Path | None,
+    progress: Callable[[], object],
+    board: Board,
+    judge: Callable[[int, float], None] | None,
 ) -> dict[str, Any]:
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
@@ -109,7 +116,7 @@ def _run(
     memory.start_thread()
     started = time.perf_counter()
     try:
-        steps = _train(strategy, benchmark, config, progress, board)
+        steps = _train(strategy, benchmark, config, progress, board, judge)
     except NonFiniteGradientError as error:
         raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
     finally:
@@ -145,6 +152,7 @@ def _train(
     config: RunConfig,
     progress: Callable[[], object],
     board: Board,
+    judge: Callable[[int, float], None] | None,
 ) -> list[dict[str, Any]]:
     """Evaluate, then train experience by experience (joint training: all at once) and evaluate.
 
@@ -169,6 +177,10 @@ def _train(
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
             step["map"] = accumulator_map(strategy, BENCHMARKS[config.benchmark].shape)
+        elif judge is not None:
+            with torch.random.fork_rng():  # the run goes on as if nobody had looked
+                accuracy = _mean_accuracy(strategy.eval(test[: i + 1]))
+            judge(i + 1, accuracy)
         steps.append(step)
         board.after_experience(strategy)
         progress()
@@ -200,16 +212,26 @@ def _accuracies(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _mean_accuracy(measured: Mapping[str, Any]) -> float:
+    accuracies = _by_experience(measured).values()
+    return sum(accuracies) / len(accuracies)
+
+
+def _by_experience(measured: Mapping[str, Any]) -> dict[int, float]:
+    """Return the accuracy on each experience by its number."""
+    return {
+        int(key.rsplit("/Exp", 1)[1]): accuracy
+        for key, accuracy in measured.items()
+        if key.startswith("Top1_Acc_Exp/eval_phase/")
+    }
+
+
 def _read_metrics(measured: Mapping[str, Any], experiences: int) -> dict[str, Any]:
     def value(metric: str) -> Any:
         found = [v for k, v in measured.items() if k.startswith(metric)]
         return found[-1] if found else None
 
-    accuracies = {
-        int(key.rsplit("/Exp", 1)[1]): accuracy
-        for key, accuracy in measured.items()
-        if key.startswith("Top1_Acc_Exp/eval_phase/")
-    }
+    accuracies = _by_experience(measured)
     return {
         "accuracies": [accuracies[i] for i in range(experiences)],
         "forgetting": value("StreamForgetting/eval_phase/"),

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import optuna
@@ -26,6 +27,9 @@ from experiments.settings import Setting, make_config
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
+
+FEWEST_TO_COMPARE = 8
+"""Trials that must have come as far before one can be cut short."""
 
 _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
@@ -70,11 +74,14 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
         "power": t.suggest_float("power", 0.5, 3.0),
         "paper_phases": _flag(t, "paper_phases"),
     },
-    "classp-matrix": lambda t: _matrix_space(
-        _log(t, "free_rate", 0.01, 1.0),
-        _log(t, "epsilon", 1e-4, 5.0),
-        t.suggest_float("power", 1.0, 2.5),
-    ),
+    "classp-matrix": lambda t: {
+        **_matrix_space(
+            _log(t, "free_rate", 0.01, 1.0),
+            _log(t, "epsilon", 1e-4, 5.0),
+            t.suggest_float("power", 1.0, 2.5),
+        ),
+        "both_sides": _flag(t, "both_sides"),
+    },
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
@@ -118,8 +125,11 @@ def search(
     """Search each method's settings; continue a search that was cut off in the same folder.
 
     A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
-    trial whose training diverges has none, and counts. The sampler is Optuna's TPE, seeded by the
-    number of trials done.
+    trial whose training diverges has none, and counts. So does one that is cut short: from half
+    of the experiences on (never after the first), with the first tuning seed, its mean accuracy on
+    the experiences so far is compared with that of the earlier trials that came as far; below
+    their median, if there are :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE,
+    seeded by the number of trials done.
 
     Args:
         benchmark: the benchmark's name.
@@ -213,6 +223,16 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
         hyper = _SPACES[method](trial)
         trial.set_user_attr("hyper", hyper)
         total = 0.0
+
+        def judge(experiences: int, value: float) -> None:
+            # Optuna's pruners compare the best value so far, which here is the first one.
+            trial.report(value, experiences)
+            if experiences >= max(2, config.experiences // 2) and _is_hopeless(
+                value, [t.intermediate_values.get(experiences) for t in _ended(study)]
+            ):
+                trial.set_user_attr("cut_after", experiences)
+                raise optuna.TrialPruned
+
         for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + arguments["tuning_seeds"]):
             config = make_config(
                 arguments["benchmark"],
@@ -227,7 +247,9 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
                 **arguments["fixed"],
             )
             try:
-                total += run(config, data_root)["average_accuracy"]
+                first = seed == FIRST_TUNING_SEED
+                result = run(config, data_root, judge=judge if first else None)
+                total += result["average_accuracy"]
             except DivergedError:
                 raise optuna.TrialPruned from None
         return total / arguments["tuning_seeds"]
@@ -235,6 +257,11 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
     while (done := len(_ended(study))) < trials:
         study.sampler = optuna.samplers.TPESampler(seed=done)
         study.optimize(accuracy, n_trials=1)
+
+
+def _is_hopeless(value: float, others: Sequence[float | None]) -> bool:
+    known = [other for other in others if other is not None]
+    return len(known) >= FEWEST_TO_COMPARE and value < median(known)
 
 
 _LINE = b'{"op_code":'
@@ -297,10 +324,13 @@ def _best(study: optuna.Study, batch_size: int) -> Setting:
 def _trials_csv(studies: dict[str, optuna.Study]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "trial", "validation_accuracy", "epochs", "hyper"])
+    writer.writerow(["method", "trial", "validation_accuracy", "cut_after", "epochs", "hyper"])
     for method, study in studies.items():
         for number, trial in enumerate(_ended(study)):
-            value = "" if trial.value is None else f"{trial.value:.6f}"
+            # Of one that was cut short Optuna has the last value that it was compared by.
+            whole = trial.state == TrialState.COMPLETE
+            value = f"{trial.value:.6f}" if whole else ""
             hyper = json.dumps(trial.user_attrs.get("hyper", {}))
-            writer.writerow([method, number, value, trial.params["epochs"], hyper])
+            cut = trial.user_attrs.get("cut_after", "")
+            writer.writerow([method, number, value, cut, trial.params["epochs"], hyper])
     return out.getvalue()

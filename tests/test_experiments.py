@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import avalanche.training
 import numpy as np
@@ -36,6 +39,7 @@ from experiments.errors import UserError
 from experiments.methods import METHODS
 from experiments.resultfiles import Results, write_atomically
 from experiments.run import run
+from experiments.search import search
 from experiments.settings import make_config, searched_setting, source_of
 
 ROOT = Path(__file__).parents[1]
@@ -610,3 +614,56 @@ def test_search_gives_every_method_its_trials_and_goes_on_where_it_stopped(tmp_p
     chosen = settings["split-digits/class"]["naive"]
     assert chosen["hyper"] == json.loads(best["hyper"])
     assert chosen["epochs"] == int(best["epochs"])
+
+
+def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
+    """One that is below the median of those that came as far; it counts, and goes on as one."""
+    monkeypatch.setattr("experiments.search.FEWEST_TO_COMPARE", 1)
+    ended = []
+    monkeypatch.setattr(
+        "experiments.search.run", lambda config, root, judge: _fake_run(config, judge, ended)
+    )
+    words = ["split-digits", "class", ["naive"], tmp_path, 12, 1, (1,), 32]
+    monkeypatch.setattr("experiments.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    search(*words)
+    with open(tmp_path / "trials.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    accuracies = [_fake_accuracy(json.loads(row["hyper"])["lr"]) for row in rows]
+    whole: list[float] = []
+    reached: dict[int, list[float]] = {i: [] for i in range(1, 5)}
+    for row, accuracy in zip(rows, accuracies, strict=True):
+        cut = ""
+        for i in range(1, 5):
+            value = accuracy / i
+            if i >= 2 and reached[i] and value < median(reached[i]):
+                cut = str(i)
+            reached[i].append(value)
+            if cut:
+                break
+        assert row["cut_after"] == cut
+        assert row["validation_accuracy"] == ("" if cut else f"{accuracy / 5:.6f}")
+        whole += [] if cut else [accuracy / 5]
+    assert 1 < len(whole) < 12
+    assert len(ended) == len(whole)
+
+
+def _fake_accuracy(lr):
+    return 1 / (1 + abs(math.log10(lr) + 2))
+
+
+def _fake_run(config, judge, ended):
+    for i in range(1, 5):
+        judge(i, _fake_accuracy(config.hyper["lr"]) / i)
+    ended.append(config)
+    return {"average_accuracy": _fake_accuracy(config.hyper["lr"]) / 5}
+
+
+def test_a_judge_is_told_the_mean_accuracy_so_far():
+    """And a run that nobody judges ends with the same accuracies."""
+    told = []
+    config = small_config("classp", "class", validation=True)
+    judged = run(config, judge=lambda *seen: told.append(seen))
+    assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
+    assert all(0 <= accuracy <= 1 for _, accuracy in told)
+    assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]

@@ -36,40 +36,59 @@ def gradients(steps, *shape, dtype=torch.float64, seed=0):
     return torch.randn(steps, *shape, generator=generator, dtype=dtype)
 
 
-def by_the_formula(w, grads, *, lr, epsilon, power, every):
-    """Return W, with A as a full matrix that the last steps, at most every - 1, are not yet in."""
+def root(A, epsilon, exponent):
+    """Return (epsilon I + A)^exponent."""
+    values, vectors = torch.linalg.eigh(A)
+    return vectors @ torch.diag((epsilon + values.clamp_min(0)) ** exponent) @ vectors.T
+
+
+def by_the_formula(w, grads, *, lr, epsilon, power, every, both_sides=False):
+    """Return W, A and L, the matrices whole, without the last steps, at most every - 1."""
     A, waiting = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64), 0
+    L, waiting_out = torch.zeros(len(w), len(w), dtype=torch.float64), 0
     for step, g in enumerate(grads):
         norm = g.square().sum().sqrt()
         waiting = waiting + g.T @ g * norm ** (power - 2)
+        waiting_out = waiting_out + g @ g.T * norm ** (power - 2)
         if step < every or step % every == every - 1:
             A, waiting = A + waiting, 0
-        values, vectors = torch.linalg.eigh(A)
-        root = vectors @ torch.diag((epsilon + values.clamp_min(0)) ** (-1 / power)) @ vectors.T
-        w = w - lr * g @ root
-    return w, A
+            L, waiting_out = L + waiting_out, 0
+        if both_sides:
+            half = -1 / (2 * power)
+            w = w - lr * root(L, epsilon, half) @ g @ root(A, epsilon, half)
+        else:
+            w = w - lr * g @ root(A, epsilon, -1 / power)
+    return w, A, L
 
 
 @parametrize("power", POWERS)
+@parametrize("both_sides", [False, True])
 @parametrize("outputs", [1, 3, ROWS])
-def test_with_all_columns_and_rows_it_is_the_formula(power, outputs):
+def test_with_all_columns_and_rows_it_is_the_formula(power, both_sides, outputs):
     """Nothing is shed and no rows are mixed: what is left is the full matrix."""
     w = gradients(1, outputs, 6, seed=1)[0]
-    state, grads = new_sketch(w, rank=6), gradients(11, outputs, 6)
-    expected, A = by_the_formula(w, grads, lr=0.1, epsilon=0.01, power=power, every=EVERY)
+    state, grads = new_sketch(w, 8, both_sides), gradients(11, outputs, 6)
+    expected, A, L = by_the_formula(
+        w, grads, lr=0.1, epsilon=0.01, power=power, every=EVERY, both_sides=both_sides
+    )
     for g in grads:
         matrix_update_(w, g, state, rule(power=power))
     assert_close(w, expected)
     assert_close(state["sketch"] @ state["sketch"].T, A)
     assert state["shed"].abs() < 1e-10
+    if both_sides:
+        assert_close(state["out_sketch"] @ state["out_sketch"].T, L)
+        assert state["out_shed"].abs() < 1e-10
 
 
+@parametrize("both_sides", [False, True])
 @parametrize("power", POWERS)
-def test_a_single_weight_has_the_papers_rule(power):
+def test_a_single_weight_has_the_papers_rule(power, both_sides):
     """But for when a gradient is first counted; so the first steps, where it is at once."""
     w = [nn.Parameter(torch.ones(1, 1, dtype=torch.float64)) for _ in range(2)]
     hyper = {"lr": 0.1, "epsilon": 0.01, "power": power}
-    optimizers = [CLASSPOptimizer([w[0]], **hyper), CLASSPOptimizer([w[1]], rank=1, **hyper)]
+    matrix = CLASSPOptimizer([w[1]], rank=1, both_sides=both_sides, **hyper)
+    optimizers = [CLASSPOptimizer([w[0]], **hyper), matrix]
     for g in gradients(EVERY, 1, 1):
         for weight, optimizer in zip(w, optimizers, strict=True):
             weight.grad = g.clone()
@@ -138,6 +157,27 @@ def test_a_used_direction_is_protected_whatever_weights_it_is_made_of():
             moved[rank, direction is free] = (w.detach() - before).norm().item()
     assert moved[2, True] > 50 * moved[2, False]
     assert moved[0, True] == pytest.approx(moved[0, False], rel=0.01)
+
+
+def test_with_both_sides_used_inputs_stay_free_for_other_outputs():
+    """With a history of the inputs alone they are used up for all."""
+    used, other = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    moved = {}
+    for both_sides in (False, True):
+        w = nn.Parameter(torch.zeros(2, 2))
+        optimizer = CLASSPOptimizer(
+            [w], lr=1.0, epsilon=0.01, power=2.0, rank=2, both_sides=both_sides
+        )
+        for _ in range(25 * EVERY):
+            w.grad = used.clone()
+            optimizer.step()
+        for gradient in (used, other):
+            before = w.detach().clone()
+            w.grad = 0.01 * gradient
+            optimizer.step()
+            moved[both_sides, gradient is other] = (w.detach() - before).norm().item()
+    assert moved[False, True] == pytest.approx(moved[False, False], rel=0.01)
+    assert moved[True, True] == pytest.approx(10 * moved[True, False], rel=0.01)  # (100/0.01)^(1/4)
 
 
 @parametrize("power", [1.0, 2.0])
@@ -226,14 +266,15 @@ def test_convolutions_and_dtypes(dtype):
     assert optimizer.state[w]["sketch"].shape == (12, 5)
 
 
-def test_a_state_is_saved_loaded_and_goes_on_bit_for_bit(tmp_path):
+@parametrize("both_sides", [False, True])
+def test_a_state_is_saved_loaded_and_goes_on_bit_for_bit(tmp_path, both_sides):
     def train(model, optimizer, begin, end):
         for g in gradients(end, 5, 7, dtype=torch.float32)[begin:]:
             model.weight.grad, model.bias.grad = g, g[:, 0].clone()
             optimizer.step()
 
     model = nn.Linear(7, 5)
-    optimizer = CLASSPOptimizer(model.parameters(), lr=0.1, rank=3)
+    optimizer = CLASSPOptimizer(model.parameters(), lr=0.1, rank=3, both_sides=both_sides)
     train(model, optimizer, 0, 6)  # rows are waiting
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
     other = nn.Linear(7, 5)
@@ -276,18 +317,22 @@ def test_a_model_that_moves_to_another_dtype_keeps_its_history():
     assert_close(after @ after.T, (before @ before.T).double())
 
 
-def test_a_bigger_model_takes_the_sketches():
+@parametrize("both_sides", [False, True])
+def test_a_bigger_model_takes_the_sketches(both_sides):
     old, new = nn.Linear(3, 2), nn.Linear(5, 4)
-    optimizers = [CLASSPOptimizer(m.parameters(), rank=3) for m in (old, new)]
+    optimizers = [
+        CLASSPOptimizer(m.parameters(), rank=3, both_sides=both_sides) for m in (old, new)
+    ]
     old(torch.ones(1, 3)).sum().backward()
     optimizers[0].step()
     report = carry_accumulators(
         optimizers[0], old.named_parameters(), optimizers[1], new.named_parameters()
     )
     assert report.grown["weight"] == ((2, 3), (4, 5))
-    sketch = optimizers[1].state[new.weight]["sketch"]
-    assert torch.equal(sketch[:3], optimizers[0].state[old.weight]["sketch"])
-    assert not sketch[3:].any()
+    state, old_state = optimizers[1].state[new.weight], optimizers[0].state[old.weight]
+    for name, size in (("sketch", 3), ("out_sketch", 2))[: 1 + both_sides]:
+        assert torch.equal(state[name][:size], old_state[name])
+        assert not state[name][size:].any()
     new(torch.ones(1, 5)).sum().backward()
     optimizers[1].step()
     back = carry_accumulators(
@@ -309,8 +354,10 @@ def test_what_waits_is_kept_when_outputs_are_added():
     assert state["rows"].any()  # the old history is left alone
 
 
-def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny):
-    strategy = build(CLASSP, growing_head(), optimizer=None, rank=8, lr=0.01)
+@parametrize("both_sides", [False, True])
+def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny, both_sides):
+    hyper = {"rank": 8, "lr": 0.01, "both_sides": both_sides}
+    strategy = build(CLASSP, growing_head(), optimizer=None, **hyper)
     sizes, steps = [], 0
     for experience in tiny.train_stream:
         strategy.train(experience)
@@ -319,18 +366,26 @@ def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny):
         # Each experience counts on from the last one: nothing has begun anew.
         assert strategy.optimizer.state[head]["step"] > steps
         steps = strategy.optimizer.state[head]["step"]
+        assert both_sides == ("out_sketch" in strategy.optimizer.state[head])
     assert sizes[-1] > sizes[0]
 
 
-def test_plugin_and_metrics_take_it(tiny):
-    strategy = naive(linear_head(), CLASSPPlugin(rank=4, epsilon=0.1, lr=0.01))
+@parametrize("both_sides", [False, True])
+def test_plugin_and_metrics_take_it(tiny, both_sides):
+    plugin = CLASSPPlugin(rank=4, epsilon=0.1, lr=0.01, both_sides=both_sides)
+    strategy = naive(linear_head(), plugin)
     strategy.train(tiny.train_stream[0])
     matrices = [layer for layer in layers(strategy) if layer.param.dim() == 2]
     parameters = dict(strategy.model.named_parameters())
     for layer in matrices:
         state = strategy.optimizer.state[parameters[layer.name]]
         A = state["sketch"] @ state["sketch"].T + state["rows"] @ state["rows"].T
-        assert_close(layer.accumulator, (A.diagonal() + state["shed"]).expand(layer.param.shape))
+        expected = (A.diagonal() + state["shed"]).expand(layer.param.shape)
+        if both_sides:
+            L = state["out_sketch"] @ state["out_sketch"].T
+            L += state["out_rows"] @ state["out_rows"].T
+            expected = (expected * (L.diagonal() + state["out_shed"])[:, None]).sqrt()
+        assert_close(layer.accumulator, expected)
         assert torch.equal(diagonal(state, layer.param), layer.accumulator)
     assert matrices
 
@@ -341,6 +396,7 @@ def test_plugin_and_metrics_take_it(tiny):
         ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
         ({"rank": 2.0}, TypeError, "rank must be a whole number, got 2.0"),
         ({"rank": True}, TypeError, "rank must be a whole number, got True"),
+        ({"rank": 2, "both_sides": 1}, TypeError, "both_sides must be True or False, got 1"),
         ({"rank": 2, "epsilon": 0.0}, ValueError, "epsilon must be greater than 0 with rank=2"),
     ],
 )

@@ -53,7 +53,7 @@ def histories(optimizer):
 # --- releases -------------------------------------------------------------------------------------
 
 
-@parametrize("release", ["0.1.0", "0.1.0-version-1", "0.1.0-version-2"])
+@parametrize("release", ["0.1.0", "0.1.0-version-1", "0.1.0-version-2", "0.1.0-version-3"])
 def test_a_state_saved_by_an_older_release_loads_and_goes_on(release):
     """Each file was written by that release: a state, and the weights two steps later."""
     saved = torch.load(DATA / f"state-{release}.pt", weights_only=True)
@@ -76,7 +76,7 @@ def test_a_state_saved_by_an_older_release_loads_and_goes_on(release):
 @parametrize(
     ("change", "error", "message"),
     [
-        (lambda s: s | {"version": 3}, ValueError, "has version 3, .* up to 2; .* newer release"),
+        (lambda s: s | {"version": 4}, ValueError, "has version 4, .* up to 3; .* newer release"),
         (lambda s: s | {"version": "x"}, ValueError, "has version 'x'"),
         (lambda s: None, TypeError, "state_dict must be a dict, got NoneType"),
         (lambda s: {}, ValueError, "has no 'state'"),
