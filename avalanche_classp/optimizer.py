@@ -558,10 +558,11 @@ def _require_sketch(saved_id: int | str, values: Mapping[str, Any], p: Tensor) -
                 raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
             _require_numbers(what, values[name], p, least)
         sketch, rows = values[side + "sketch"], values[side + "rows"]
-        matches = p.dim() >= 2 and len(sketch) == size_of(p, side) and sketch.shape[1] > 0 <= step
-        if not (matches and rows.shape == (len(sketch), rows_for(p, side))):
+        size, columns = sketch.shape
+        matches = p.dim() >= 2 and size == size_of(p, side) and 0 < columns <= size and step >= 0
+        if not (matches and rows.shape == (size, rows_for(p, side))):
             raise ValueError(
-                f"state_dict's matrix accumulator of parameter {saved_id} is for {len(sketch)} "
+                f"state_dict's matrix accumulator of parameter {saved_id} is for {size} "
                 f"{'outputs' if side else 'inputs'}, with a sketch of shape "
                 f"{tuple(sketch.shape)}, rows of shape {tuple(rows.shape)} and step {step}, the "
                 f"parameter has the shape {tuple(p.shape)}; if the model has grown use "
