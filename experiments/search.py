@@ -28,10 +28,21 @@ from experiments.settings import Setting, make_config
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
 
+
+def rule_space(trial: Trial) -> dict[str, Any]:
+    """Suggest CLASSP's own hyper-parameters."""
+    return {
+        "lr": _log(trial, "lr", 1e-4, 0.3),
+        "threshold": _log(trial, "threshold", 1e-8, 1e-3) if _flag(trial, "sparse") else 0.0,
+        "epsilon": _log(trial, "epsilon", 1e-12, 5.0),
+        "power": trial.suggest_float("power", 0.5, 3.0),
+    }
+
+
 FEWEST_TO_COMPARE = 8
 """Trials that must have come as far before one can be cut short."""
 
-_SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
+SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
     "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
@@ -67,13 +78,7 @@ _SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
     },
     "replay": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
     "joint": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
-    "classp": lambda t: {
-        "lr": _log(t, "lr", 1e-4, 0.3),
-        "threshold": _log(t, "threshold", 1e-8, 1e-3) if _flag(t, "sparse") else 0.0,
-        "epsilon": _log(t, "epsilon", 1e-12, 5.0),
-        "power": t.suggest_float("power", 0.5, 3.0),
-        "paper_phases": _flag(t, "paper_phases"),
-    },
+    "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
     "classp-matrix": lambda t: {
         **_matrix_space(
             _log(t, "free_rate", 0.01, 1.0),
@@ -180,9 +185,9 @@ def search(
     for method in sorted(searched_before):
         _mend(folder / f"{method}.journal")
     for method in sorted(searched_before - set(methods)):
-        _study(method, folder)  # it is read at the end: one that cannot be read is known now
+        open_study(method, folder)  # it is read at the end: one that cannot be read is known now
     for method in methods:
-        study = _study(method, folder)
+        study = open_study(method, folder)
         before = study.user_attrs.get("arguments", arguments)
         if before != arguments:
             raise UserError(
@@ -206,7 +211,7 @@ def search(
             raise
     searched = [path.stem for path in sorted(folder.glob("*.journal"))]
     # Another search of other methods may have just begun.
-    studies = {m: s for m in searched if _ended(s := _study(m, folder))}
+    studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
     chosen = {f"{benchmark}/{scenario}": {m: s.as_dict() for m, s in settings.items()}}
@@ -215,12 +220,12 @@ def search(
 
 
 def _search_method(method: str, folder: Path, trials: int, data_root: Path | None) -> None:
-    study = _study(method, folder)
+    study = open_study(method, folder)
     arguments = study.user_attrs["arguments"]
 
     def accuracy(trial: Trial) -> float:
         epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-        hyper = _SPACES[method](trial)
+        hyper = SPACES[method](trial)
         trial.set_user_attr("hyper", hyper)
         total = 0.0
 
@@ -228,7 +233,7 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
             # Optuna's pruners compare the best value so far, which here is the first one.
             trial.report(value, experiences)
             if experiences >= max(2, config.experiences // 2) and _is_hopeless(
-                value, [t.intermediate_values.get(experiences) for t in _ended(study)]
+                value, [t.intermediate_values.get(experiences) for t in ended_trials(study)]
             ):
                 trial.set_user_attr("cut_after", experiences)
                 raise optuna.TrialPruned
@@ -254,7 +259,7 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
                 raise optuna.TrialPruned from None
         return total / arguments["tuning_seeds"]
 
-    while (done := len(_ended(study))) < trials:
+    while (done := len(ended_trials(study))) < trials:
         study.sampler = optuna.samplers.TPESampler(seed=done)
         study.optimize(accuracy, n_trials=1)
 
@@ -270,7 +275,12 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionErro
 """What Optuna raises for lines that are not its own."""
 
 
-def _study(method: str, folder: Path) -> optuna.Study:
+def open_study(method: str, folder: Path, known: Sequence[str] = ("epochs",)) -> optuna.Study:
+    """Open the journal of this name, or make it; its trials must have the parameters ``known``.
+
+    Raises:
+        UserError: it is damaged.
+    """
     # With a relative path Optuna's lock would be a link to nowhere, which is waited for forever.
     path = folder.resolve() / f"{method}.journal"
     try:
@@ -280,8 +290,8 @@ def _study(method: str, folder: Path) -> optuna.Study:
             direction="maximize",
             load_if_exists=True,
         )
-        for trial in _ended(study):
-            trial.params["epochs"], trial.user_attrs["hyper"]
+        for trial in ended_trials(study):
+            [trial.params[name] for name in known], trial.user_attrs["hyper"]
     except _UNREADABLE as error:
         raise UserError(
             f"{path} is not a whole journal of a search ({one_line(error)}); move it away to begin "
@@ -309,7 +319,8 @@ def _mend(path: Path) -> None:
         lock.release()
 
 
-def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that count."""
     # One that a killed process had begun stays RUNNING, one that raised is FAIL: both are redone.
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
@@ -326,7 +337,7 @@ def _trials_csv(studies: dict[str, optuna.Study]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["method", "trial", "validation_accuracy", "cut_after", "epochs", "hyper"])
     for method, study in studies.items():
-        for number, trial in enumerate(_ended(study)):
+        for number, trial in enumerate(ended_trials(study)):
             # Of one that was cut short Optuna has the last value that it was compared by.
             whole = trial.state == TrialState.COMPLETE
             value = f"{trial.value:.6f}" if whole else ""

@@ -1,0 +1,156 @@
+"""Search one setting of CLASSP for all benchmarks: where the library's defaults come from.
+
+    python -m experiments.defaults [--trials N] [--output FOLDER] [--data-root FOLDER]
+
+Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
+is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
+accuracy over their scenarios. What is done is kept in ``FOLDER/defaults.journal``, so the same
+command goes on after an interruption, and several of them share the work. ``defaults.csv`` lists
+all trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+from optuna.trial import Trial
+from tqdm import tqdm
+
+from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.errors import DivergedError, UserError
+from experiments.resultfiles import make_folder, write_atomically
+from experiments.run import run
+from experiments.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
+from experiments.settings import make_config
+
+PLACES: dict[str, dict[str, Any]] = {
+    "split-digits": {"train_share": 1.0},
+    "split-mnist": {"train_share": 0.25},
+    "split-fmnist": {"train_share": 0.25},
+    "permuted-mnist": {"train_share": 0.25, "experiences": 5},
+    "split-cifar10": {"train_share": 0.1},
+}
+"""The benchmarks, each with all its scenarios, and what a run takes of it. The epochs are the
+benchmarks' own: ten for the digits, else one."""
+
+
+FORMER = {"lr": 0.01, "sparse": False, "epsilon": 1e-4, "power": 1.0}
+"""The defaults before this search, which are its first trial."""
+
+
+def search_defaults(trials: int, folder: Path, data_root: Path | None = None) -> None:
+    """Search until there are so many trials in the folder, and print the best.
+
+    Raises:
+        UserError: the data is missing, or the folder holds another search.
+    """
+    make_folder(folder)
+    study = open_study("defaults", folder, known=())
+    if study.user_attrs.setdefault("places", PLACES) != PLACES:
+        raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
+    study.set_user_attr("places", PLACES)
+    if not study.trials:
+        study.enqueue_trial(FORMER)
+    with tqdm(total=trials, unit="trial", desc="search defaults") as bar:
+        while (done := len(ended_trials(study))) < trials:
+            bar.update(done - bar.n)
+            study.sampler = optuna.samplers.TPESampler(seed=done)
+            study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+        bar.update(trials - bar.n)
+    write_atomically(folder / "defaults.csv", _trials_csv(study))
+    best = study.best_trial
+    print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+
+
+def _value(trial: Trial, data_root: Path | None) -> float:
+    hyper = rule_space(trial)
+    trial.set_user_attr("hyper", hyper)
+    found: dict[str, float] = {}
+    for name, part in PLACES.items():
+        for scenario in BENCHMARKS[name].scenarios:
+            found[f"{name}/{scenario}"] = _accuracy(name, scenario, hyper, part, data_root)
+    trial.set_user_attr("accuracies", found)
+    return _mean_over_benchmarks(found)
+
+
+def _accuracy(
+    name: str, scenario: str, hyper: dict[str, Any], part: dict[str, Any], data_root: Path | None
+) -> float:
+    """Return the accuracy of a run on validation data; 0 if the training diverges."""
+    spec = BENCHMARKS[name]
+    config = make_config(
+        name,
+        scenario,
+        "classp",
+        FIRST_TUNING_SEED,
+        {**hyper, "paper_phases": False},
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        validation=True,
+        **part,
+    )
+    try:
+        return float(run(config, data_root)["average_accuracy"])
+    except DivergedError:
+        return 0.0
+
+
+def _mean_over_benchmarks(found: dict[str, float]) -> float:
+    return fmean(
+        fmean(value for place, value in found.items() if place.startswith(f"{name}/"))
+        for name in PLACES
+    )
+
+
+def _trials_csv(study: optuna.Study) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    trials = ended_trials(study)
+    places = list(trials[0].user_attrs["accuracies"])
+    writer.writerow(["trial", "mean_accuracy", *places, "hyper"])
+    for number, trial in enumerate(trials):
+        accuracies: Iterable[float] = trial.user_attrs["accuracies"].values()
+        values = [f"{value:.6f}" for value in (trial.value or 0.0, *accuracies)]
+        writer.writerow([number, *values, json.dumps(trial.user_attrs["hyper"])])
+    return out.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.defaults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--trials", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
+    options = parser.parse_args(arguments)
+    if options.trials < 1:
+        parser.error(f"--trials must be at least 1, got {options.trials}")
+    try:
+        for name, part in PLACES.items():
+            make_benchmark(
+                name,
+                BENCHMARKS[name].scenarios[0],
+                options.data_root,
+                experiences=part.get("experiences"),
+            )
+        search_defaults(options.trials, options.output, options.data_root)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
