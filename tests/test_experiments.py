@@ -32,10 +32,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_classp import CLASSP
+from experiments import defaults
 from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.cli import main
 from experiments.config import RunConfig, parse_value
-from experiments.errors import UserError
+from experiments.errors import DivergedError, UserError
 from experiments.methods import METHODS
 from experiments.resultfiles import Results, write_atomically
 from experiments.run import run
@@ -667,3 +668,42 @@ def test_a_judge_is_told_the_mean_accuracy_so_far():
     assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
     assert all(0 <= accuracy <= 1 for _, accuracy in told)
     assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]
+
+
+def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, monkeypatch, capsys):
+    """A benchmark with three scenarios counts as much as one with one."""
+    seen = []
+
+    def fake_run(config, data_root):
+        seen.append((config.benchmark, config.scenario, config.epochs, config.seed))
+        if config.scenario == "task":
+            raise DivergedError("too fast")
+        return {"average_accuracy": config.hyper["lr"] if config.scenario == "class" else 0.75}
+
+    places = {"split-digits": {"train_share": 0.5}, "permuted-mnist": {"experiences": 3}}
+    monkeypatch.setattr(defaults, "run", fake_run)
+    monkeypatch.setattr(defaults, "make_benchmark", lambda *args, **kwargs: None)
+    monkeypatch.setattr(defaults, "PLACES", places)
+    words = ["--output", str(tmp_path)]
+    for trials in (1, 3):
+        assert defaults.main([*words, "--trials", str(trials)]) == 0
+    assert len(seen) == 3 * 4  # the first trial was not done again
+    assert seen[:4] == [
+        *(("split-digits", scenario, 10, 1000) for scenario in ("class", "domain", "task")),
+        ("permuted-mnist", "domain", 1, 1000),
+    ]
+    with open(tmp_path / "defaults.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for row in rows:
+        lr = json.loads(row["hyper"])["lr"]
+        assert float(row["mean_accuracy"]) == pytest.approx(((lr + 0.75 + 0) / 3 + 0.75) / 2)
+        assert row["split-digits/task"] == "0.000000"
+    best = max(rows, key=lambda row: float(row["mean_accuracy"]))
+    assert capsys.readouterr().out.splitlines()[-1].endswith(best["hyper"])
+    monkeypatch.setattr(defaults, "PLACES", {"split-digits": {}})
+    assert defaults.main([*words, "--trials", "3"]) == 2
+    assert "other benchmarks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        defaults.main([*words, "--trials", "0"])
+    assert "--trials must be at least 1, got 0" in capsys.readouterr().err
