@@ -86,6 +86,7 @@ class Benchmark:
         epochs: default epochs per experience; several for one after the other.
         epochs_choices: what the search may choose from, for every method.
         shared_labels: every experience has all classes.
+        random: its seed counts.
         published: hyper-parameters by method's name, where a paper gives them.
     """
 
@@ -101,6 +102,7 @@ class Benchmark:
     epochs: int | tuple[int, ...] = 1
     epochs_choices: tuple[int, ...] = (1, 2)
     shared_labels: bool = False
+    random: bool = False
     published: Mapping[str, Hyper] = field(default_factory=dict)
 
     def count_labels(self, scenario: str, experiences: int) -> int:
@@ -330,6 +332,7 @@ BENCHMARKS = {
         load=_permuted_mnist,
         scenarios=("domain",),
         shared_labels=True,
+        random=True,
     ),
     "split-fmnist": _ten_classes(
         description="Fashion-MNIST in 5 × 2 classes",

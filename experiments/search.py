@@ -229,12 +229,14 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
         trial.set_user_attr("hyper", hyper)
         total = 0.0
 
-        def judge(experiences: int, value: float) -> None:
+        def judge(experiences: int, measure: Callable[[], float]) -> None:
+            if experiences < max(2, config.experiences // 2):
+                return
             # Optuna's pruners compare the best value so far, which here is the first one.
+            value = measure()
             trial.report(value, experiences)
-            if experiences >= max(2, config.experiences // 2) and _is_hopeless(
-                value, [t.intermediate_values.get(experiences) for t in ended_trials(study)]
-            ):
+            others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
+            if _is_hopeless(value, others):
                 trial.set_user_attr("cut_after", experiences)
                 raise optuna.TrialPruned
 

@@ -655,7 +655,7 @@ def _fake_accuracy(lr):
 
 def _fake_run(config, judge, ended):
     for i in range(1, 5):
-        judge(i, _fake_accuracy(config.hyper["lr"]) / i)
+        judge(i, lambda i=i: _fake_accuracy(config.hyper["lr"]) / i)
     ended.append(config)
     return {"average_accuracy": _fake_accuracy(config.hyper["lr"]) / 5}
 
@@ -664,7 +664,7 @@ def test_a_judge_is_told_the_mean_accuracy_so_far():
     """And a run that nobody judges ends with the same accuracies."""
     told = []
     config = small_config("classp", "class", validation=True)
-    judged = run(config, judge=lambda *seen: told.append(seen))
+    judged = run(config, judge=lambda i, measure: told.append((i, measure())))
     assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
     assert all(0 <= accuracy <= 1 for _, accuracy in told)
     assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]
