@@ -124,6 +124,21 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="seeds that each trial is run with (default: 2)",
     )
     what.add_argument(
+        "--finalists",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="run the best N trials of each method with more seeds, and choose the best mean over "
+        "all of them (default: 0)",
+    )
+    what.add_argument(
+        "--finalist-seeds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="with so many more (default: 3)",
+    )
+    what.add_argument(
         "--train-share",
         type=float,
         default=1.0,

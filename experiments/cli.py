@@ -175,6 +175,8 @@ def _search(options: argparse.Namespace) -> int:
         options.data_root,
         options.train_share,
         options.jobs or available_cores(),
+        options.finalists,
+        options.finalist_seeds,
         **_given(options, "model", "experiences"),
     )
     for method, setting in settings.items():

@@ -19,6 +19,7 @@ from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.benchmarks import make_benchmark
+from experiments.config import Hyper, RunConfig
 from experiments.errors import DivergedError, UserError, one_line
 from experiments.processes import make_pool, stop
 from experiments.resultfiles import make_folder, write_atomically
@@ -125,6 +126,8 @@ def search(
     data_root: Path | None = None,
     train_share: float = 1.0,
     jobs: int = 1,
+    finalists: int = 0,
+    finalist_seeds: int = 3,
     **fixed: Any,
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
@@ -135,6 +138,9 @@ def search(
     the experiences so far is compared with that of the earlier trials that came as far; below
     their median, if there are :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE,
     seeded by the number of trials done.
+
+    With ``finalists`` the best trials are run with more seeds, and the best mean over all their
+    seeds is chosen: a setting that trains well with one seed and fails with another is found out.
 
     Args:
         benchmark: the benchmark's name.
@@ -149,6 +155,8 @@ def search(
         data_root: see :func:`experiments.benchmarks.make_benchmark`.
         train_share: see :class:`experiments.config.RunConfig`.
         jobs: methods searched at the same time.
+        finalists: how many trials of each method are run with more seeds.
+        finalist_seeds: with how many more.
         **fixed: other RunConfig fields for every trial, such as ``model``.
 
     Returns:
@@ -200,7 +208,10 @@ def search(
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
         futures = [
-            pool.submit(_search_method, method, folder, trials, data_root) for method in methods
+            pool.submit(
+                _search_method, method, folder, trials, finalists, finalist_seeds, data_root
+            )
+            for method in methods
         ]
         try:
             for future in as_completed(futures):
@@ -219,15 +230,36 @@ def search(
     return {method: settings[method] for method in methods}
 
 
-def _search_method(method: str, folder: Path, trials: int, data_root: Path | None) -> None:
+def _search_method(
+    method: str,
+    folder: Path,
+    trials: int,
+    finalists: int,
+    finalist_seeds: int,
+    data_root: Path | None,
+) -> None:
     study = open_study(method, folder)
     arguments = study.user_attrs["arguments"]
+    first, tuning_seeds = FIRST_TUNING_SEED, arguments["tuning_seeds"]
+
+    def config_of(epochs: int, hyper: Hyper, seed: int) -> RunConfig:
+        return make_config(
+            arguments["benchmark"],
+            arguments["scenario"],
+            method,
+            seed,
+            hyper,
+            epochs=epochs,
+            batch_size=arguments["batch_size"],
+            validation=True,
+            train_share=arguments["train_share"],
+            **arguments["fixed"],
+        )
 
     def accuracy(trial: Trial) -> float:
         epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
         hyper = SPACES[method](trial)
         trial.set_user_attr("hyper", hyper)
-        total = 0.0
 
         def judge(experiences: int, measure: Callable[[], float]) -> None:
             if experiences < max(2, config.experiences // 2):
@@ -240,30 +272,37 @@ def _search_method(method: str, folder: Path, trials: int, data_root: Path | Non
                 trial.set_user_attr("cut_after", experiences)
                 raise optuna.TrialPruned
 
-        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + arguments["tuning_seeds"]):
-            config = make_config(
-                arguments["benchmark"],
-                arguments["scenario"],
-                method,
-                seed,
-                hyper,
-                epochs=epochs,
-                batch_size=arguments["batch_size"],
-                validation=True,
-                train_share=arguments["train_share"],
-                **arguments["fixed"],
-            )
+        total = 0.0
+        for seed in range(first, first + tuning_seeds):
+            config = config_of(epochs, hyper, seed)
             try:
-                first = seed == FIRST_TUNING_SEED
-                result = run(config, data_root, judge=judge if first else None)
-                total += result["average_accuracy"]
+                result = run(config, data_root, judge=judge if seed == first else None)
             except DivergedError:
                 raise optuna.TrialPruned from None
-        return total / arguments["tuning_seeds"]
+            total += result["average_accuracy"]
+        return total / tuning_seeds
 
     while (done := len(ended_trials(study))) < trials:
         study.sampler = optuna.samplers.TPESampler(seed=done)
         study.optimize(accuracy, n_trials=1)
+
+    # By number of the trial: the accuracies with the additional seeds, 0 where one diverged.
+    known: dict[str, list[float]] = study.user_attrs.get("finalists", {})
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    whole.sort(key=lambda trial: trial.value or 0.0, reverse=True)
+    for i in range(finalist_seeds):
+        for trial in whole[:finalists]:
+            values = known.setdefault(str(trial.number), [])
+            if len(values) > i:
+                continue
+            config = config_of(
+                trial.params["epochs"], trial.user_attrs["hyper"], first + tuning_seeds + i
+            )
+            try:
+                values.append(run(config, data_root)["average_accuracy"])
+            except DivergedError:
+                values.append(0.0)
+            study.set_user_attr("finalists", known)
 
 
 def _is_hopeless(value: float, others: Sequence[float | None]) -> bool:
@@ -328,22 +367,40 @@ def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _best(study: optuna.Study, batch_size: int) -> Setting:
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    if not whole:
         raise UserError(f"no trial of {study.study_name} succeeded; give more --trials")
-    best = study.best_trial
+    values = _with_all_seeds(study)
+    finalists = [trial for trial in whole if trial.number in values]
+    best = max(finalists, key=lambda trial: values[trial.number]) if finalists else study.best_trial
     return Setting(best.params["epochs"], batch_size, best.user_attrs["hyper"])
+
+
+def _with_all_seeds(study: optuna.Study) -> dict[int, float]:
+    """Return the finalists' mean accuracy over all their seeds, by number of the trial."""
+    finalists: dict[str, list[float]] = study.user_attrs.get("finalists", {})
+    seeds = study.user_attrs["arguments"]["tuning_seeds"]
+    return {
+        trial.number: (seeds * trial.value + sum(more)) / (seeds + len(more))
+        for trial in study.trials
+        if (more := finalists.get(str(trial.number)))
+    }
 
 
 def _trials_csv(studies: dict[str, optuna.Study]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "trial", "validation_accuracy", "cut_after", "epochs", "hyper"])
+    writer.writerow(
+        ["method", "trial", "validation_accuracy", "cut_after", "all_seeds", "epochs", "hyper"]
+    )
     for method, study in studies.items():
+        all_seeds = _with_all_seeds(study)
         for number, trial in enumerate(ended_trials(study)):
             # Of one that was cut short Optuna has the last value that it was compared by.
             whole = trial.state == TrialState.COMPLETE
             value = f"{trial.value:.6f}" if whole else ""
             hyper = json.dumps(trial.user_attrs.get("hyper", {}))
             cut = trial.user_attrs.get("cut_after", "")
-            writer.writerow([method, number, value, cut, trial.params["epochs"], hyper])
+            mean = f"{all_seeds[trial.number]:.6f}" if trial.number in all_seeds else ""
+            writer.writerow([method, number, value, cut, mean, trial.params["epochs"], hyper])
     return out.getvalue()

@@ -649,6 +649,36 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     assert len(ended) == len(whole)
 
 
+def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path, monkeypatch):
+    """What was best with the first seed fails with another."""
+    seen = []
+
+    def fake_run(config, root, judge=None):
+        seen.append((config.seed, config.hyper["lr"]))
+        if config.seed == 1002 and config.hyper["lr"] == lrs[0]:
+            raise DivergedError("too fast")
+        return {
+            "average_accuracy": _fake_accuracy(config.hyper["lr"]) + 0.01 * (config.seed - 1000)
+        }
+
+    monkeypatch.setattr("experiments.search.run", fake_run)
+    monkeypatch.setattr("experiments.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    words = ["split-digits", "class", ["naive"], tmp_path, 6, 1, (1,), 32]
+    search(*words)
+    lrs = sorted({lr for _, lr in seen}, key=_fake_accuracy, reverse=True)
+    seen.clear()
+    for _ in range(2):
+        chosen = search(*words, finalists=2, finalist_seeds=2)
+        assert sorted(seen) == sorted((seed, lr) for seed in (1001, 1002) for lr in lrs[:2])
+    assert chosen["naive"].hyper["lr"] == lrs[1]
+    with open(tmp_path / "trials.csv", encoding="utf-8") as file:
+        rows = {json.loads(row["hyper"])["lr"]: row for row in csv.DictReader(file)}
+    best, second = (_fake_accuracy(lr) for lr in lrs[:2])
+    assert float(rows[lrs[0]]["all_seeds"]) == pytest.approx((2 * best + 0.01) / 3, abs=1e-6)
+    assert float(rows[lrs[1]]["all_seeds"]) == pytest.approx(second + 0.01, abs=1e-6)
+    assert {row["all_seeds"] for lr, row in rows.items() if lr not in lrs[:2]} == {""}
+
+
 def _fake_accuracy(lr):
     return 1 / (1 + abs(math.log10(lr) + 2))
 
