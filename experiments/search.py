@@ -133,10 +133,10 @@ def search(
     """Search each method's settings; continue a search that was cut off in the same folder.
 
     A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
-    trial whose training diverges has none, and counts. So does one that is cut short: from half
-    of the experiences on (never after the first), with the first tuning seed, its mean accuracy on
-    the experiences so far is compared with that of the earlier trials that came as far; below
-    their median, if there are :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE,
+    trial whose training diverges has none, and counts. So does one that is cut short: after half
+    of the experiences (not after the first), with the first tuning seed, its mean accuracy on
+    them is compared with that of the earlier trials; below their median, if there are
+    :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE,
     seeded by the number of trials done.
 
     With ``finalists`` the best trials are run with more seeds, and the best mean over all their
@@ -262,7 +262,7 @@ def _search_method(
         trial.set_user_attr("hyper", hyper)
 
         def judge(experiences: int, measure: Callable[[], float]) -> None:
-            if experiences < max(2, config.experiences // 2):
+            if experiences != max(2, config.experiences // 2):
                 return
             # Optuna's pruners compare the best value so far, which here is the first one.
             value = measure()

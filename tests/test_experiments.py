@@ -632,17 +632,12 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     assert len(rows) == 12
     accuracies = [_fake_accuracy(json.loads(row["hyper"])["lr"]) for row in rows]
     whole: list[float] = []
-    reached: dict[int, list[float]] = {i: [] for i in range(1, 5)}
+    half_way: list[float] = []
     for row, accuracy in zip(rows, accuracies, strict=True):
-        cut = ""
-        for i in range(1, 5):
-            value = accuracy / i
-            if i >= 2 and reached[i] and value < median(reached[i]):
-                cut = str(i)
-            reached[i].append(value)
-            if cut:
-                break
-        assert row["cut_after"] == cut
+        value = accuracy / 2
+        cut = half_way and value < median(half_way)
+        half_way.append(value)
+        assert row["cut_after"] == ("2" if cut else "")
         assert row["validation_accuracy"] == ("" if cut else f"{accuracy / 5:.6f}")
         whole += [] if cut else [accuracy / 5]
     assert 1 < len(whole) < 12
