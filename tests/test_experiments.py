@@ -635,7 +635,7 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     half_way: list[float] = []
     for row, accuracy in zip(rows, accuracies, strict=True):
         value = accuracy / 2
-        cut = half_way and value < median(half_way)
+        cut = bool(half_way) and value < median(half_way)
         half_way.append(value)
         assert row["cut_after"] == ("2" if cut else "")
         assert row["validation_accuracy"] == ("" if cut else f"{accuracy / 5:.6f}")
