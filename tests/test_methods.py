@@ -263,6 +263,7 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("classp-matrix", {"epsilon": 1.0}),
         ("classp-matrix", {"power": 2.0}),
         ("classp-matrix", {"rank": 2}),
+        ("classp-matrix", {"both_sides": True}),
     ],
 )
 def test_every_hyper_parameter_has_an_effect(method, hyper):
