@@ -51,7 +51,8 @@ class Layer(NamedTuple):
         param: the weights.
         grad: their last gradient, if there is one.
         accumulator: A, of the same shape; zeros where it was never updated; of a matrix accumulator
-            (``rank`` above 0) the diagonal, which is one number for each input.
+            (``rank`` above 0) the diagonal, which is one number for each input; with
+            ``both_sides`` the geometric mean of that of its input and of its output.
         rule: the hyper-parameters of its group.
     """
 
