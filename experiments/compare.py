@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.benchmarks import make_benchmark
+from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import RunConfig
 from experiments.engines import make_engine
 from experiments.errors import UserError, one_line
@@ -66,7 +66,8 @@ def run_all(
         data_root = data_root.absolute()
     for config in {(c.benchmark, c.scenario): c for c in todo}.values():
         # Downloaded once, and not by each process.
-        make_benchmark(config.benchmark, config.scenario, data_root)
+        fewest = min(BENCHMARKS[config.benchmark].experiences_choices)
+        make_benchmark(config.benchmark, config.scenario, data_root, experiences=fewest)
     failures = []
     logs = results.logs if tensorboard else None
     attempt_it = attempt_afar if engine == "ray" else attempt

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
-from experiments.benchmarks import make_benchmark
+from experiments.benchmarks import BENCHMARKS, make_benchmark
 from experiments.config import Hyper, RunConfig
 from experiments.errors import DivergedError, UserError, one_line
 from experiments.processes import make_pool, stop
@@ -136,8 +136,8 @@ def search(
     trial whose training diverges has none, and counts. So does one that is cut short: after half
     of the experiences (not after the first), with the first tuning seed, its mean accuracy on
     them is compared with that of the earlier trials; below their median, if there are
-    :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE,
-    seeded by the number of trials done.
+    :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE, seeded by the number of trials
+    done.
 
     With ``finalists`` the best trials are run with more seeds, and the best mean over all their
     seeds is chosen: a setting that trains well with one seed and fails with another is found out.
@@ -178,8 +178,9 @@ def search(
             **fixed,
         )
     make_folder(folder)
-    # Downloaded once, and not by each process.
-    make_benchmark(benchmark, scenario, data_root, experiences=fixed.get("experiences"))
+    # Downloaded once, and not by each process; few experiences, because many take long to make.
+    fewest = min(BENCHMARKS[benchmark].experiences_choices)
+    make_benchmark(benchmark, scenario, data_root, experiences=fewest)
     arguments = {
         "benchmark": benchmark,
         "scenario": scenario,
