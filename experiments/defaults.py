@@ -4,7 +4,8 @@
 
 Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
 is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
-accuracy over their scenarios. What is done is kept in ``FOLDER/defaults.journal``, so the same
+accuracy over their scenarios. The first trials are the defaults until then and what was chosen for
+each benchmark alone (experiments/settings.json); the others are Optuna's. What is done is kept in ``FOLDER/defaults.journal``, so the same
 command goes on after an interruption, and several of them share the work. ``defaults.csv`` lists
 all trials.
 """
@@ -16,7 +17,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,11 +27,12 @@ from optuna.trial import Trial
 from tqdm import tqdm
 
 from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.config import Hyper
 from experiments.errors import DivergedError, UserError
 from experiments.resultfiles import make_folder, write_atomically
 from experiments.run import run
 from experiments.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
-from experiments.settings import make_config
+from experiments.settings import make_config, searched_setting
 
 PLACES: dict[str, dict[str, Any]] = {
     "split-digits": {"train_share": 1.0},
@@ -43,8 +45,8 @@ PLACES: dict[str, dict[str, Any]] = {
 benchmarks' own: ten for the digits, else one."""
 
 
-FORMER = {"lr": 0.01, "sparse": False, "epsilon": 1e-4, "power": 1.0}
-"""The defaults before this search, which are its first trial."""
+FORMER = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
+"""The defaults before this search."""
 
 
 def search_defaults(trials: int, folder: Path, data_root: Path | None = None) -> None:
@@ -59,7 +61,10 @@ def search_defaults(trials: int, folder: Path, data_root: Path | None = None) ->
         raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
     study.set_user_attr("places", PLACES)
     if not study.trials:
-        study.enqueue_trial(FORMER)
+        for hyper in (FORMER, *_searched()):
+            names = ("lr", "epsilon", "power") + ("threshold",) * (hyper["threshold"] > 0)
+            sparse = {"sparse": hyper["threshold"] > 0}
+            study.enqueue_trial(sparse | {name: hyper[name] for name in names})
     with tqdm(total=trials, unit="trial", desc="search defaults") as bar:
         while (done := len(ended_trials(study))) < trials:
             bar.update(done - bar.n)
@@ -69,6 +74,15 @@ def search_defaults(trials: int, folder: Path, data_root: Path | None = None) ->
     write_atomically(folder / "defaults.csv", _trials_csv(study))
     best = study.best_trial
     print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+
+
+def _searched() -> Iterator[Hyper]:
+    """Yield what the searches chose for CLASSP on each of the benchmarks."""
+    for name in PLACES:
+        for scenario in BENCHMARKS[name].scenarios:
+            setting = searched_setting(name, scenario, "classp")
+            if setting is not None:
+                yield setting.hyper
 
 
 def _value(trial: Trial, data_root: Path | None) -> float:

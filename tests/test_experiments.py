@@ -697,10 +697,11 @@ def test_a_judge_is_told_the_mean_accuracy_so_far():
 
 def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, monkeypatch, capsys):
     """A benchmark with three scenarios counts as much as one with one."""
-    seen = []
+    seen, lrs = [], []
 
     def fake_run(config, data_root):
         seen.append((config.benchmark, config.scenario, config.epochs, config.seed))
+        lrs.append(config.hyper["lr"])
         if config.scenario == "task":
             raise DivergedError("too fast")
         return {"average_accuracy": config.hyper["lr"] if config.scenario == "class" else 0.75}
@@ -713,6 +714,8 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
     for trials in (1, 3):
         assert defaults.main([*words, "--trials", str(trials)]) == 0
     assert len(seen) == 3 * 4  # the first trial was not done again
+    searched = searched_setting("split-digits", "class", "classp").hyper
+    assert lrs[0] == 0.01 and lrs[4] == searched["lr"]
     assert seen[:4] == [
         *(("split-digits", scenario, 10, 1000) for scenario in ("class", "domain", "task")),
         ("permuted-mnist", "domain", 1, 1000),
