@@ -5,9 +5,9 @@
 Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
 is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
 accuracy over their scenarios. The first trials are the defaults until then and what was chosen for
-each benchmark alone (experiments/settings.json); the others are Optuna's. What is done is kept in ``FOLDER/defaults.journal``, so the same
-command goes on after an interruption, and several of them share the work. ``defaults.csv`` lists
-all trials.
+each benchmark alone (experiments/settings.json); the others are Optuna's. What is done is kept in
+``FOLDER/defaults.journal``, so the same command goes on after an interruption, and several of them
+share the work. ``defaults.csv`` lists all trials.
 """
 
 from __future__ import annotations
