@@ -93,7 +93,10 @@ def test_published_tables_follow_from_the_result_files(folder):
     assert re.search(r"Made by `python -m experiments compare .*`", page)
 
 
-@pytest.mark.parametrize("name", ["split-mnist-class", "split-mnist-domain"])
+@pytest.mark.parametrize(
+    "name",
+    ["split-mnist-class", "split-mnist-domain", "split-mnist-task", "permuted-mnist-domain"],
+)
 def test_the_readme_shows_the_main_tables(name):
     assert RESULTS / name in COMPARISONS
     table = markdown_table(table_rows(Results(RESULTS / name).load()), IN_README)
