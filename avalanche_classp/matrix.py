@@ -43,9 +43,13 @@ def takes_matrix(param: Tensor, rank: int) -> bool:
     return rank > 0 and param.dim() >= 2
 
 
+SIDES = ("", "out_")
+"""What the names of a state's tensors begin with: those of inputs, and those of outputs."""
+
+
 def sides_of(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what the names of a state's tensors begin with: "" for inputs, "out_" for outputs."""
-    return ("", "out_") if "out_sketch" in state else ("",)
+    """Return those of :data:`SIDES` that a state has a history of."""
+    return SIDES if "out_sketch" in state else SIDES[:1]
 
 
 def size_of(param: Tensor, side: str) -> int:
@@ -74,7 +78,7 @@ def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, 
     """
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
     state: dict[str, Any] = {"step": 0}
-    for side in ("", "out_") if both_sides else ("",):
+    for side in SIDES if both_sides else SIDES[:1]:
         size = size_of(param, side)
         state[side + "sketch"] = torch.zeros(size, min(rank, size), **kind)
         state[side + "rows"] = torch.zeros(size, rows_for(param, side), **kind)

@@ -150,6 +150,16 @@ def make_benchmark(
     return _with_validation_as_test(benchmark, train_share, same_images=spec.shared_labels)
 
 
+def require_data(name: str, scenario: str, data_root: Path | None = None) -> None:
+    """Have a benchmark's data downloaded, once and before several processes need it.
+
+    Raises:
+        UserError: as :func:`make_benchmark`.
+    """
+    # Few experiences: Avalanche takes long to make many.
+    make_benchmark(name, scenario, data_root, experiences=min(BENCHMARKS[name].experiences_choices))
+
+
 def require_possible(name: str, scenario: str, experiences: int) -> None:
     """Check that the benchmark has this scenario and can have so many experiences.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.benchmarks import require_data
 from experiments.config import RunConfig
 from experiments.engines import make_engine
 from experiments.errors import UserError, one_line
@@ -65,9 +65,7 @@ def run_all(
     if data_root is not None:
         data_root = data_root.absolute()
     for config in {(c.benchmark, c.scenario): c for c in todo}.values():
-        # Downloaded once, and not by each process.
-        fewest = min(BENCHMARKS[config.benchmark].experiences_choices)
-        make_benchmark(config.benchmark, config.scenario, data_root, experiences=fewest)
+        require_data(config.benchmark, config.scenario, data_root)
     failures = []
     logs = results.logs if tensorboard else None
     attempt_it = attempt_afar if engine == "ray" else attempt

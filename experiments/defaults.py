@@ -26,7 +26,7 @@ import optuna
 from optuna.trial import Trial
 from tqdm import tqdm
 
-from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.benchmarks import BENCHMARKS, require_data
 from experiments.config import Hyper
 from experiments.errors import DivergedError, UserError
 from experiments.resultfiles import make_folder, write_atomically
@@ -57,7 +57,7 @@ def search_defaults(trials: int, folder: Path, data_root: Path | None = None) ->
     """
     make_folder(folder)
     study = open_study("defaults", folder, known=())
-    if study.user_attrs.setdefault("places", PLACES) != PLACES:
+    if study.user_attrs.get("places", PLACES) != PLACES:
         raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
     study.set_user_attr("places", PLACES)
     if not study.trials:
@@ -153,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--trials must be at least 1, got {options.trials}")
     try:
         for name in PLACES:
-            spec = BENCHMARKS[name]
-            fewest = min(spec.experiences_choices)
-            make_benchmark(name, spec.scenarios[0], options.data_root, experiences=fewest)
+            require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
         search_defaults(options.trials, options.output, options.data_root)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

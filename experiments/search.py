@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
-from experiments.benchmarks import BENCHMARKS, make_benchmark
+from experiments.benchmarks import require_data
 from experiments.config import Hyper, RunConfig
 from experiments.errors import DivergedError, UserError, one_line
 from experiments.processes import make_pool, stop
@@ -178,9 +178,7 @@ def search(
             **fixed,
         )
     make_folder(folder)
-    # Downloaded once, and not by each process; few experiences, because many take long to make.
-    fewest = min(BENCHMARKS[benchmark].experiences_choices)
-    make_benchmark(benchmark, scenario, data_root, experiences=fewest)
+    require_data(benchmark, scenario, data_root)
     arguments = {
         "benchmark": benchmark,
         "scenario": scenario,

@@ -708,7 +708,7 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
 
     places = {"split-digits": {"train_share": 0.5}, "permuted-mnist": {"experiences": 3}}
     monkeypatch.setattr(defaults, "run", fake_run)
-    monkeypatch.setattr(defaults, "make_benchmark", lambda *args, **kwargs: None)
+    monkeypatch.setattr(defaults, "require_data", lambda *args: None)
     monkeypatch.setattr(defaults, "PLACES", places)
     words = ["--output", str(tmp_path)]
     for trials in (1, 3):
