@@ -182,7 +182,7 @@ def _search(options: argparse.Namespace) -> int:
     for method, setting in settings.items():
         print(method, json.dumps(setting.as_dict()))
     if options.adopt:
-        adopt(options.benchmark, options.scenario, settings)
+        adopt(options.benchmark, options.scenario, settings, options.model)
     return 0
 
 

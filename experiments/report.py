@@ -476,6 +476,7 @@ _INTERVALS = (
 
 _SOURCES = {
     "searched": "searched on validation data",
+    "transferred": "searched on validation data, with another model",
     "published": "from a paper",
     "default": "defaults, not tuned",
     "given": "given by the user",

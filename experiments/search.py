@@ -24,7 +24,7 @@ from experiments.errors import DivergedError, UserError, one_line
 from experiments.processes import make_pool, stop
 from experiments.resultfiles import make_folder, write_atomically
 from experiments.run import run
-from experiments.settings import Setting, make_config
+from experiments.settings import Setting, make_config, place_of
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
@@ -224,7 +224,8 @@ def search(
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
-    chosen = {f"{benchmark}/{scenario}": {m: s.as_dict() for m, s in settings.items()}}
+    place = place_of(benchmark, scenario, fixed.get("model"))
+    chosen = {place: {m: s.as_dict() for m, s in settings.items()}}
     write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
     return {method: settings[method] for method in methods}
 

@@ -40,9 +40,9 @@ def _settings() -> dict[str, dict[str, dict[str, Any]]]:
     try:
         settings = json.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
         for place, methods in settings.items():
+            benchmark, scenario, *model = place.split("/")
             for method, entry in methods.items():
-                benchmark, _, scenario = place.partition("/")
-                RunConfig(benchmark, scenario, method, "", 1, 0, **entry)
+                RunConfig(benchmark, scenario, method, "".join(model), 1, 0, **entry)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(
             f"{SETTINGS_FILE} cannot be read ({one_line(error)}); restore it with git"
@@ -50,24 +50,35 @@ def _settings() -> dict[str, dict[str, dict[str, Any]]]:
     return settings
 
 
-def searched_setting(benchmark: str, scenario: str, method: str) -> Setting | None:
-    """Return what the search chose, or None where nothing was searched."""
-    entry = _settings().get(f"{benchmark}/{scenario}", {}).get(method)
+def place_of(benchmark: str, scenario: str, model: str | None = None) -> str:
+    """Return what settings are listed under; the benchmark's own model, or None, is not named."""
+    own = model in (None, BENCHMARKS[benchmark].model)
+    return f"{benchmark}/{scenario}" if own else f"{benchmark}/{scenario}/{model}"
+
+
+def searched_setting(
+    benchmark: str, scenario: str, method: str, model: str | None = None
+) -> Setting | None:
+    """Return what the search chose with this model, or None where nothing was searched."""
+    entry = _settings().get(place_of(benchmark, scenario, model), {}).get(method)
     return None if entry is None else Setting(**entry)
 
 
 def source_of(config: RunConfig) -> str:
     """Return where the config's setting comes from.
 
-    ``searched`` (chosen on validation data), ``published`` (a paper's values), ``default`` (not
-    tuned) or ``given`` (by the user, in part or wholly).
+    ``searched`` (chosen on validation data), ``transferred`` (likewise, but with the benchmark's
+    own model), ``published`` (a paper's values), ``default`` (not tuned) or ``given`` (by the
+    user, in part or wholly).
     """
     spec = BENCHMARKS[config.benchmark]
     defaults = METHODS[config.method].defaults
     usual = Setting(spec.epochs, spec.batch_size)
     published = spec.published.get(config.method)
+    place = (config.benchmark, config.scenario, config.method)
     for source, setting in (
-        ("searched", searched_setting(config.benchmark, config.scenario, config.method)),
+        ("searched", searched_setting(*place, config.model)),
+        ("transferred", searched_setting(*place)),
         ("published", None if published is None else replace(usual, hyper=published)),
         ("default", usual),
     ):
@@ -80,12 +91,14 @@ def source_of(config: RunConfig) -> str:
     return "given"
 
 
-def adopt(benchmark: str, scenario: str, settings: Mapping[str, Setting]) -> None:
+def adopt(
+    benchmark: str, scenario: str, settings: Mapping[str, Setting], model: str | None = None
+) -> None:
     """Write settings, by method, to :data:`SETTINGS_FILE`."""
     _settings.cache_clear()  # another process may have changed it
     chosen = _settings()
     _settings.cache_clear()  # it is changed now
-    place = chosen.setdefault(f"{benchmark}/{scenario}", {})
+    place = chosen.setdefault(place_of(benchmark, scenario, model), {})
     place.update({method: setting.as_dict() for method, setting in settings.items()})
     write_atomically(SETTINGS_FILE, json.dumps(chosen, indent=1, sort_keys=True) + "\n")
 
@@ -112,6 +125,8 @@ def make_config(
 ) -> RunConfig:
     """Make a run's config: the method's setting, and above it what the user says.
 
+    Where nothing was searched with the model, what was searched with the benchmark's own is used.
+
     Args:
         benchmark: the benchmark's name.
         scenario: the scenario's name.
@@ -125,8 +140,10 @@ def make_config(
             number of experiences that does not go with the benchmark.
     """
     spec = BENCHMARKS[benchmark]
-    setting = searched_setting(benchmark, scenario, method) or Setting(
-        spec.epochs, spec.batch_size, spec.published.get(method, {})
+    setting = (
+        searched_setting(benchmark, scenario, method, fixed.get("model"))
+        or searched_setting(benchmark, scenario, method)
+        or Setting(spec.epochs, spec.batch_size, spec.published.get(method, {}))
     )
     values = {**METHODS[method].defaults, **setting.hyper, **(hyper or {})}
     require_known(method, values)

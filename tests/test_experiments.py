@@ -41,7 +41,15 @@ from experiments.methods import METHODS
 from experiments.resultfiles import Results, write_atomically
 from experiments.run import run
 from experiments.search import search
-from experiments.settings import make_config, searched_setting, source_of
+from experiments.settings import (
+    SETTINGS_FILE,
+    Setting,
+    _settings,
+    adopt,
+    make_config,
+    searched_setting,
+    source_of,
+)
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
@@ -252,7 +260,24 @@ def test_a_result_says_where_its_setting_comes_from():
     assert source_of(make_config("split-digits", "class", "classp", seed=7)) == "searched"
     assert source_of(make_config("split-digits", "class", "classp", hyper={"lr": 0.5})) == "given"
     assert source_of(make_config("split-digits", "class", "classp", epochs=7)) == "given"
-    assert source_of(make_config("permuted-mnist", "domain", "naive")) == "default"
+    unsearched = make_config("split-cifar100", "class", "replay")
+    assert source_of(unsearched) == "default"
+
+
+def test_a_setting_belongs_to_the_model_that_it_was_searched_with(tmp_path, monkeypatch, request):
+    path = tmp_path / "settings.json"
+    path.write_text(SETTINGS_FILE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr("experiments.settings.SETTINGS_FILE", path)
+    _settings.cache_clear()
+    request.addfinalizer(_settings.cache_clear)
+    own = make_config("split-digits", "class", "classp")
+    other = make_config("split-digits", "class", "classp", model="mlp-400")
+    assert (source_of(own), source_of(other)) == ("searched", "transferred")
+    assert other.hyper == own.hyper
+    adopt("split-digits", "class", {"classp": Setting(3, 32, {"lr": 0.5})}, "mlp-400")
+    after = make_config("split-digits", "class", "classp", model="mlp-400")
+    assert (source_of(after), after.hyper["lr"], after.epochs) == ("searched", 0.5, 3)
+    assert make_config("split-digits", "class", "classp") == own
 
 
 def test_configs_refuse_unknown_keys():

@@ -13,6 +13,7 @@ from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.report import SUMMARY, markdown_table, table_rows
 from experiments.resultfiles import Results
+from experiments.settings import place_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,11 +110,12 @@ def test_published_runs_use_the_settings_that_the_search_chose(folder):
     results = Results(folder).load()
     for result in results:
         config = result["config"]
-        if f"{config['benchmark']}/{config['scenario']}" not in chosen:
+        place = place_of(config["benchmark"], config["scenario"], config["model"])
+        if place not in chosen:
             assert result["setting"] != "searched"
             continue
         assert result["setting"] == "searched"
-        setting = chosen[f"{config['benchmark']}/{config['scenario']}"][config["method"]]
+        setting = chosen[place][config["method"]]
         assert setting["hyper"].items() <= config["hyper"].items()
         assert (setting["epochs"], setting["batch_size"]) == (
             config["epochs"],
