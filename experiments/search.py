@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import optuna
@@ -189,8 +189,6 @@ def search(
         "fixed": fixed,
     }
     searched_before = {path.stem for path in folder.glob("*.journal")}
-    for method in sorted(searched_before):
-        _mend(folder / f"{method}.journal")
     for method in sorted(searched_before - set(methods)):
         open_study(method, folder)  # it is read at the end: one that cannot be read is known now
     for method in methods:
@@ -239,54 +237,72 @@ def _search_method(
     data_root: Path | None,
 ) -> None:
     study = open_study(method, folder)
-    arguments = study.user_attrs["arguments"]
-    first, tuning_seeds = FIRST_TUNING_SEED, arguments["tuning_seeds"]
-
-    def config_of(epochs: int, hyper: Hyper, seed: int) -> RunConfig:
-        return make_config(
-            arguments["benchmark"],
-            arguments["scenario"],
-            method,
-            seed,
-            hyper,
-            epochs=epochs,
-            batch_size=arguments["batch_size"],
-            validation=True,
-            train_share=arguments["train_share"],
-            **arguments["fixed"],
-        )
-
-    def accuracy(trial: Trial) -> float:
-        epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-        hyper = SPACES[method](trial)
-        trial.set_user_attr("hyper", hyper)
-
-        def judge(experiences: int, measure: Callable[[], float]) -> None:
-            if experiences != max(2, config.experiences // 2):
-                return
-            # Optuna's pruners compare the best value so far, which here is the first one.
-            value = measure()
-            trial.report(value, experiences)
-            others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
-            if _is_hopeless(value, others):
-                trial.set_user_attr("cut_after", experiences)
-                raise optuna.TrialPruned
-
-        total = 0.0
-        for seed in range(first, first + tuning_seeds):
-            config = config_of(epochs, hyper, seed)
-            try:
-                result = run(config, data_root, judge=judge if seed == first else None)
-            except DivergedError:
-                raise optuna.TrialPruned from None
-            total += result["average_accuracy"]
-        return total / tuning_seeds
-
     while (done := len(ended_trials(study))) < trials:
         study.sampler = optuna.samplers.TPESampler(seed=done)
-        study.optimize(accuracy, n_trials=1)
+        study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+    _run_finalists(study, finalists, finalist_seeds, data_root)
 
-    # By number of the trial: the accuracies with the additional seeds, 0 where one diverged.
+
+def _config(study: optuna.Study, epochs: int, hyper: Hyper, seed: int) -> RunConfig:
+    """Return a run's config; ``seed`` counts the search's seeds from 0."""
+    arguments = study.user_attrs["arguments"]
+    return make_config(
+        arguments["benchmark"],
+        arguments["scenario"],
+        study.study_name,
+        FIRST_TUNING_SEED + seed,
+        hyper,
+        epochs=epochs,
+        batch_size=arguments["batch_size"],
+        validation=True,
+        train_share=arguments["train_share"],
+        **arguments["fixed"],
+    )
+
+
+def _value(trial: Trial, data_root: Path | None) -> float:
+    """Return a trial's mean accuracy over the tuning seeds.
+
+    Raises:
+        TrialPruned: it diverged, or was cut short.
+    """
+    study = trial.study
+    arguments = study.user_attrs["arguments"]
+    epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
+    hyper = SPACES[study.study_name](trial)
+    trial.set_user_attr("hyper", hyper)
+
+    def judge(experiences: int, measure: Callable[[], float]) -> None:
+        if experiences != max(2, config.experiences // 2):
+            return
+        # Optuna's pruners compare the best value so far, which here is the first one.
+        value = measure()
+        trial.report(value, experiences)
+        others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
+        if _is_hopeless(value, others):
+            trial.set_user_attr("cut_after", experiences)
+            raise optuna.TrialPruned
+
+    values = []
+    for seed in range(arguments["tuning_seeds"]):
+        config = _config(study, epochs, hyper, seed)
+        try:
+            result = run(config, data_root, judge=judge if seed == 0 else None)
+        except DivergedError:
+            raise optuna.TrialPruned from None
+        values.append(result["average_accuracy"])
+    return fmean(values)
+
+
+def _run_finalists(
+    study: optuna.Study, finalists: int, finalist_seeds: int, data_root: Path | None
+) -> None:
+    """Run the best trials with more seeds.
+
+    What is done is kept in the study's ``finalists``: by number of the trial, the accuracies with
+    the additional seeds, 0 where one diverged.
+    """
+    tuning_seeds = study.user_attrs["arguments"]["tuning_seeds"]
     known: dict[str, list[float]] = study.user_attrs.get("finalists", {})
     whole = study.get_trials(states=(TrialState.COMPLETE,))
     whole.sort(key=lambda trial: trial.value or 0.0, reverse=True)
@@ -295,9 +311,8 @@ def _search_method(
             values = known.setdefault(str(trial.number), [])
             if len(values) > i:
                 continue
-            config = config_of(
-                trial.params["epochs"], trial.user_attrs["hyper"], first + tuning_seeds + i
-            )
+            epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
+            config = _config(study, epochs, hyper, tuning_seeds + i)
             try:
                 values.append(run(config, data_root)["average_accuracy"])
             except DivergedError:
@@ -319,11 +334,15 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionErro
 def open_study(method: str, folder: Path, known: Sequence[str] = ("epochs",)) -> optuna.Study:
     """Open the journal of this name, or make it; its trials must have the parameters ``known``.
 
+    A last line that a killed process was just writing is cut off.
+
     Raises:
         UserError: it is damaged.
     """
     # With a relative path Optuna's lock would be a link to nowhere, which is waited for forever.
     path = folder.resolve() / f"{method}.journal"
+    if path.exists():
+        _mend(path)
     try:
         study = optuna.create_study(
             study_name=method,
@@ -347,7 +366,7 @@ def _mend(path: Path) -> None:
     Raises:
         UserError: it is no journal; it is left as it is.
     """
-    lock = JournalFileSymlinkLock(str(path.resolve()))
+    lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
         *lines, rest = path.read_bytes().split(b"\n")
