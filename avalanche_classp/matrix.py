@@ -21,11 +21,11 @@ from torch import Tensor
 from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
 __all__ = [
+    "absorb_rows_",
     "diagonal",
     "fitted_sketch",
     "matrix_update_",
     "new_sketch",
-    "rows_for",
     "sides_of",
     "size_of",
     "takes_matrix",
@@ -33,9 +33,6 @@ __all__ = [
 
 ROWS = 8
 """Random combinations of a gradient's rows that are remembered of each step."""
-
-EVERY = 4
-"""Steps whose rows are put into the sketch at once; at the beginning each step's are."""
 
 
 def takes_matrix(param: Tensor, rank: int) -> bool:
@@ -57,12 +54,6 @@ def size_of(param: Tensor, side: str) -> int:
     return len(param) if side else param[0].numel()
 
 
-def rows_for(param: Tensor, side: str = "") -> int:
-    """Return how many rows of a parameter's gradients wait to be put into its sketch."""
-    others = param[0].numel() if side else len(param)
-    return EVERY * min(ROWS, others)
-
-
 def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, Any]:
     """Return the state of a parameter without history.
 
@@ -72,16 +63,15 @@ def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, 
         both_sides: whether to have a history of the outputs, too.
 
     Returns:
-        ``sketch``, B of shape (inputs, rank), with orthogonal columns; ``rows``, of shape (inputs,
-        ROWS · EVERY) or less, what is not yet in it; ``shed``, ρ; ``step``, the number of updates.
-        With ``both_sides`` also ``out_sketch``, ``out_rows`` and ``out_shed``, those of outputs.
+        ``sketch``, B of shape (inputs, rank), with orthogonal columns; ``shed``, ρ; ``step``, the
+        number of updates. With ``both_sides`` also ``out_sketch`` and ``out_shed``, those of
+        outputs.
     """
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
     state: dict[str, Any] = {"step": 0}
     for side in SIDES if both_sides else SIDES[:1]:
         size = size_of(param, side)
         state[side + "sketch"] = torch.zeros(size, min(rank, size), **kind)
-        state[side + "rows"] = torch.zeros(size, rows_for(param, side), **kind)
         state[side + "shed"] = torch.zeros((), **kind)
     return state
 
@@ -115,8 +105,7 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
     A is not stored. It is :math:`B B^\top + \rho I` with B of few columns, by Frequent Directions
     (Liberty, 2013) that keep what they shed as ρ (Luo et al., 2019), and of each gradient a few
     random combinations of its rows count, whose expectation is :math:`G^\top G`. They are drawn
-    anew, and the same, for each number of the step. What the last steps, at most EVERY - 1, have
-    added is not yet in A. So it is with L.
+    anew, and the same, for each number of the step. So it is with L.
 
     Args:
         param: the weights; changed in place.
@@ -132,8 +121,10 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
         preconditioned stochastic tensor optimization", 2018, arXiv:1802.09568.
     """
     G = passed(grad.reshape(len(grad), -1), state["sketch"].dtype, rule)
+    # A gradient of zero: inf, and nothing to remember.
+    scale = (G.norm() ** (rule.power / 2 - 1)).nan_to_num(nan=0.0, posinf=0.0)
     for side in sides_of(state):
-        _remember_(state, side, G.T if side else G, rule.power)
+        _merge_(state, side, scale * _some_rows(G.T if side else G, state["step"]))
     state["step"] += 1
     U = _suppressed(G, state, rule) if rule.apply_decay else G
     if rule.threshold > 0 or rule.skip_nonfinite:
@@ -141,29 +132,20 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
     param.add_(U.reshape(param.shape), alpha=rule.lr if rule.maximize else -rule.lr)
 
 
-def _remember_(state: dict[str, Any], side: str, G: Tensor, power: float) -> None:
-    """Add the gradient, whose columns are the side's, to the side's history."""
-    step, rows = state["step"], state[side + "rows"]
-    count = rows.shape[1] // EVERY
-    K = G
-    if count < len(G):
-        # Drawn on the CPU, so that every device has the same.
-        generator = torch.Generator().manual_seed(step)
-        mix = torch.randn(count, len(G), generator=generator, dtype=torch.float64)
-        K = (mix / count**0.5).to(G) @ G
-    if power != 2:
-        # A gradient of zero: inf, and nothing to remember.
-        K = K * (G.norm() ** (power / 2 - 1)).nan_to_num(nan=0.0, posinf=0.0)
-    place = step % EVERY
-    rows[:, place * count : (place + 1) * count] = K.T
-    if place == EVERY - 1 or step < EVERY:
-        _merge_(state, side)
+def _some_rows(G: Tensor, step: int) -> Tensor:
+    """Return ROWS random combinations K of G's rows, E KᵀK = GᵀG; of no more rows G itself."""
+    if len(G) <= ROWS:
+        return G
+    # Drawn on the CPU, so that every device has the same.
+    generator = torch.Generator().manual_seed(step)
+    mix = torch.randn(ROWS, len(G), generator=generator, dtype=torch.float64)
+    return (mix / ROWS**0.5).to(G) @ G
 
 
-def _merge_(state: dict[str, Any], side: str) -> None:
-    """Put the remembered rows into the sketch; shed what it has no columns for."""
-    sketch, rows = state[side + "sketch"], state[side + "rows"]
-    M = torch.cat([sketch, rows], 1)
+def _merge_(state: dict[str, Any], side: str, rows: Tensor) -> None:
+    """Put rows into the side's sketch; shed what it has no columns for."""
+    sketch = state[side + "sketch"]
+    M = torch.cat([sketch, rows.T], 1)
     values, vectors = torch.linalg.eigh((M.T @ M).double())
     rank = sketch.shape[1]
     kept = values[-rank:].clamp_min(0)
@@ -172,8 +154,14 @@ def _merge_(state: dict[str, Any], side: str) -> None:
     real = kept > torch.finfo(sketch.dtype).eps * kept[-1]
     shrink = torch.where(real, ((kept - floor).clamp_min(0) / kept).sqrt(), 0.0)
     state[side + "sketch"] = M @ (vectors[:, -rank:] * shrink).to(sketch.dtype)
-    state[side + "shed"] += floor.to(sketch.dtype)
-    rows.zero_()
+    state[side + "shed"] = state[side + "shed"] + floor.to(sketch.dtype)
+
+
+def absorb_rows_(state: dict[str, Any]) -> None:
+    """Bring a state to this form in place: before version 3 some rows waited outside the sketch."""
+    for side in sides_of(state):
+        if (rows := state.pop(side + "rows", None)) is not None:
+            _merge_(state, side, rows.T)
 
 
 def _suppressed(G: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
@@ -204,8 +192,7 @@ def diagonal(state: Mapping[str, Any], param: Tensor) -> Tensor:
 
 
 def _own(state: Mapping[str, Any], side: str) -> Tensor:
-    known = torch.cat([state[side + "sketch"], state[side + "rows"]], 1)
-    return known.square().sum(1) + state[side + "shed"]
+    return state[side + "sketch"].square().sum(1) + state[side + "shed"]
 
 
 def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
@@ -218,18 +205,12 @@ def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | N
         return None
     fitted = dict(state)
     for side in sides_of(state):
-        sketch, rows, shed = (side + name for name in ("sketch", "rows", "shed"))
-        for name in (sketch, rows, shed):
+        for name in (side + "sketch", side + "shed"):
             fitted[name] = state[name].to(param.device, accumulator_dtype(param))
-        more = size_of(param, side) - len(state[sketch])
+        more = size_of(param, side) - len(state[side + "sketch"])
         if more < 0:
             return None
         if more:
-            for name in (sketch, rows):
-                fitted[name] = torch.nn.functional.pad(fitted[name], (0, 0, 0, more))
-        if fitted[rows].shape[1] != rows_for(param, side):
-            # More of the other side, so more rows from each step: what waits goes into the sketch.
-            fitted[rows], fitted[shed] = fitted[rows].clone(), fitted[shed].clone()
-            _merge_(fitted, side)
-            fitted[rows] = fitted[rows].new_zeros(size_of(param, side), rows_for(param, side))
+            sketch = fitted[side + "sketch"]
+            fitted[side + "sketch"] = torch.nn.functional.pad(sketch, (0, 0, 0, more))
     return fitted

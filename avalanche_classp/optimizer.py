@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from avalanche_classp.matrix import (
+    absorb_rows_,
     fitted_sketch,
     matrix_update_,
     new_sketch,
-    rows_for,
     sides_of,
     size_of,
     takes_matrix,
@@ -312,6 +312,8 @@ class CLASSPOptimizer(Optimizer):
                         self.state[p][name] = saved.to(
                             device=p.device, dtype=accumulator_dtype(p), copy=True
                         )
+                if p in self.state:
+                    absorb_rows_(self.state[p])
 
         # After the user's own pre-hooks, and before the post-hooks.
         hooks = (
@@ -547,26 +549,27 @@ def _require_sketch(saved_id: int | str, values: Mapping[str, Any], p: Tensor) -
     step: Any = values.get("step")
     _require_type(f"step of parameter {saved_id}", step, int)
     for side in sides_of(values):
+        # Before version 3 there were rows, too.
+        waiting = [(side + "rows", 2, -math.inf)] if side + "rows" in values else []
         for name, dimensions, least in (
             (side + "sketch", 2, -math.inf),
-            (side + "rows", 2, -math.inf),
             (side + "shed", 0, 0),
+            *waiting,
         ):
             what = f"{name} of parameter {saved_id}"
             _require_type(what, values.get(name), Tensor)
             if values[name].dim() != dimensions:
                 raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
             _require_numbers(what, values[name], p, least)
-        sketch, rows = values[side + "sketch"], values[side + "rows"]
+        sketch = values[side + "sketch"]
         size, columns = sketch.shape
         matches = p.dim() >= 2 and size == size_of(p, side) and 0 < columns <= size and step >= 0
-        if not (matches and rows.shape == (size, rows_for(p, side))):
+        if not matches or len(values.get(side + "rows", sketch)) != size:
             raise ValueError(
                 f"state_dict's matrix accumulator of parameter {saved_id} is for {size} "
                 f"{'outputs' if side else 'inputs'}, with a sketch of shape "
-                f"{tuple(sketch.shape)}, rows of shape {tuple(rows.shape)} and step {step}, the "
-                f"parameter has the shape {tuple(p.shape)}; if the model has grown use "
-                f"avalanche_classp.carry_accumulators"
+                f"{tuple(sketch.shape)} and step {step}, the parameter has the shape "
+                f"{tuple(p.shape)}; if the model has grown use avalanche_classp.carry_accumulators"
             )
 
 

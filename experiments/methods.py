@@ -216,7 +216,7 @@ METHODS = {
             "threshold": 0.0,
             "epsilon": 0.02,
             "power": 1.5,
-            "rank": 96,
+            "rank": 128,
             "both_sides": False,
         },
         _classp,

@@ -10,10 +10,8 @@ from torch.testing import assert_close
 
 from avalanche_classp import CLASSP, CLASSPOptimizer, CLASSPPlugin, carry_accumulators
 from avalanche_classp.matrix import (
-    EVERY,
     ROWS,
     diagonal,
-    fitted_sketch,
     matrix_update_,
     new_sketch,
 )
@@ -42,17 +40,14 @@ def root(A, epsilon, exponent):
     return vectors @ torch.diag((epsilon + values.clamp_min(0)) ** exponent) @ vectors.T
 
 
-def by_the_formula(w, grads, *, lr, epsilon, power, every, both_sides=False):
-    """Return W, A and L, the matrices whole, without the last steps, at most every - 1."""
-    A, waiting = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64), 0
-    L, waiting_out = torch.zeros(len(w), len(w), dtype=torch.float64), 0
-    for step, g in enumerate(grads):
+def by_the_formula(w, grads, *, lr, epsilon, power, both_sides=False):
+    """Return W, A and L, the matrices whole."""
+    A = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)
+    L = torch.zeros(len(w), len(w), dtype=torch.float64)
+    for g in grads:
         norm = g.square().sum().sqrt()
-        waiting = waiting + g.T @ g * norm ** (power - 2)
-        waiting_out = waiting_out + g @ g.T * norm ** (power - 2)
-        if step < every or step % every == every - 1:
-            A, waiting = A + waiting, 0
-            L, waiting_out = L + waiting_out, 0
+        A = A + g.T @ g * norm ** (power - 2)
+        L = L + g @ g.T * norm ** (power - 2)
         if both_sides:
             half = -1 / (2 * power)
             w = w - lr * root(L, epsilon, half) @ g @ root(A, epsilon, half)
@@ -69,7 +64,7 @@ def test_with_all_columns_and_rows_it_is_the_formula(power, both_sides, outputs)
     w = gradients(1, outputs, 6, seed=1)[0]
     state, grads = new_sketch(w, 8, both_sides), gradients(11, outputs, 6)
     expected, A, L = by_the_formula(
-        w, grads, lr=0.1, epsilon=0.01, power=power, every=EVERY, both_sides=both_sides
+        w, grads, lr=0.1, epsilon=0.01, power=power, both_sides=both_sides
     )
     for g in grads:
         matrix_update_(w, g, state, rule(power=power))
@@ -84,12 +79,11 @@ def test_with_all_columns_and_rows_it_is_the_formula(power, both_sides, outputs)
 @parametrize("both_sides", [False, True])
 @parametrize("power", POWERS)
 def test_a_single_weight_has_the_papers_rule(power, both_sides):
-    """But for when a gradient is first counted; so the first steps, where it is at once."""
     w = [nn.Parameter(torch.ones(1, 1, dtype=torch.float64)) for _ in range(2)]
     hyper = {"lr": 0.1, "epsilon": 0.01, "power": power}
     matrix = CLASSPOptimizer([w[1]], rank=1, both_sides=both_sides, **hyper)
     optimizers = [CLASSPOptimizer([w[0]], **hyper), matrix]
-    for g in gradients(EVERY, 1, 1):
+    for g in gradients(12, 1, 1):
         for weight, optimizer in zip(w, optimizers, strict=True):
             weight.grad = g.clone()
             optimizer.step()
@@ -111,7 +105,7 @@ def test_vectors_keep_the_papers_rule():
 def test_what_is_shed_bounds_what_is_lost():
     """Frequent Directions: B Bᵀ is at most the sum of GᵀG, and that at most B Bᵀ + ρ I."""
     w = torch.zeros(5, 20, dtype=torch.float64)
-    state, grads = new_sketch(w, rank=6), gradients(8 * EVERY, 5, 20)
+    state, grads = new_sketch(w, rank=6), gradients(32, 5, 20)
     for g in grads:
         matrix_update_(w, g, state, rule())
     exact = torch.einsum("soi,soj->ij", grads, grads)
@@ -147,7 +141,7 @@ def test_a_used_direction_is_protected_whatever_weights_it_is_made_of():
     for rank in (0, 2):
         w = nn.Parameter(torch.zeros(1, 2))
         optimizer = CLASSPOptimizer([w], lr=1.0, epsilon=0.01, power=2.0, rank=rank)
-        for _ in range(25 * EVERY):
+        for _ in range(100):
             w.grad = used.clone()
             optimizer.step()
         for direction in (used, free):
@@ -168,7 +162,7 @@ def test_with_both_sides_used_inputs_stay_free_for_other_outputs():
         optimizer = CLASSPOptimizer(
             [w], lr=1.0, epsilon=0.01, power=2.0, rank=2, both_sides=both_sides
         )
-        for _ in range(25 * EVERY):
+        for _ in range(100):
             w.grad = used.clone()
             optimizer.step()
         for gradient in (used, other):
@@ -228,7 +222,7 @@ def test_maximize_turns_the_step():
 def test_gradients_of_zero_change_nothing():
     w = nn.Parameter(torch.ones(2, 3))
     optimizer = CLASSPOptimizer([w], rank=2)
-    for _ in range(EVERY + 1):
+    for _ in range(5):
         w.grad = torch.zeros(2, 3)
         optimizer.step()
     assert torch.equal(w.detach(), torch.ones(2, 3))
@@ -275,7 +269,7 @@ def test_a_state_is_saved_loaded_and_goes_on_bit_for_bit(tmp_path, both_sides):
 
     model = nn.Linear(7, 5)
     optimizer = CLASSPOptimizer(model.parameters(), lr=0.1, rank=3, both_sides=both_sides)
-    train(model, optimizer, 0, 6)  # rows are waiting
+    train(model, optimizer, 0, 6)
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
     other = nn.Linear(7, 5)
     loaded = CLASSPOptimizer(other.parameters())
@@ -341,19 +335,6 @@ def test_a_bigger_model_takes_the_sketches(both_sides):
     assert "weight" in back.dropped
 
 
-def test_what_waits_is_kept_when_outputs_are_added():
-    state = new_sketch(torch.zeros(2, 5, dtype=torch.float64), rank=5)
-    grads = gradients(EVERY + 2, 2, 5)
-    for g in grads:
-        matrix_update_(torch.zeros(2, 5, dtype=torch.float64), g, state, rule())
-    assert state["rows"].any()
-    grown = fitted_sketch(state, torch.zeros(4, 5, dtype=torch.float64))
-    B = grown["sketch"]
-    assert_close(B @ B.T, torch.einsum("soi,soj->ij", grads, grads))
-    assert grown["rows"].shape == (5, 4 * EVERY) and not grown["rows"].any()
-    assert state["rows"].any()  # the old history is left alone
-
-
 @parametrize("both_sides", [False, True])
 def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny, both_sides):
     hyper = {"rank": 8, "lr": 0.01, "both_sides": both_sides}
@@ -379,11 +360,10 @@ def test_plugin_and_metrics_take_it(tiny, both_sides):
     parameters = dict(strategy.model.named_parameters())
     for layer in matrices:
         state = strategy.optimizer.state[parameters[layer.name]]
-        A = state["sketch"] @ state["sketch"].T + state["rows"] @ state["rows"].T
+        A = state["sketch"] @ state["sketch"].T
         expected = (A.diagonal() + state["shed"]).expand(layer.param.shape)
         if both_sides:
             L = state["out_sketch"] @ state["out_sketch"].T
-            L += state["out_rows"] @ state["out_rows"].T
             expected = (expected * (L.diagonal() + state["out_shed"])[:, None]).sqrt()
         assert_close(layer.accumulator, expected)
         assert torch.equal(diagonal(state, layer.param), layer.accumulator)
