@@ -259,7 +259,8 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _methods(options: argparse.Namespace) -> list[str]:
     from experiments.methods import METHODS
 
-    return [_known("method", name) for name in dict.fromkeys(options.methods or METHODS)]
+    usual = [name for name, method in METHODS.items() if method.usual]
+    return [_known("method", name) for name in dict.fromkeys(options.methods or usual)]
 
 
 def _benchmark(options: argparse.Namespace) -> Benchmark:

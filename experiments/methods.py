@@ -11,7 +11,7 @@ import torch
 from avalanche.training import EWC, Naive
 from torch import nn
 
-from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer
+from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer, CLASSPPlugin
 from experiments.avalanche_fixes import (
     FixedJointTraining,
     FixedLwFPlugin,
@@ -33,11 +33,13 @@ class Method:
         description: one line.
         defaults: its hyper-parameters with the values used where nothing was searched.
         build: makes the strategy from a model, hyper-parameters and Avalanche's common arguments.
+        usual: it is compared where no methods are named.
     """
 
     description: str
     defaults: Hyper
     build: Build
+    usual: bool = True
 
 
 def _on_sgd(model: nn.Module, hyper: Hyper, common: dict[str, Any], *plugins: Any) -> Any:
@@ -150,6 +152,19 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     return CLASSP(model=model, phases=phases, **own, **common)
 
 
+def _with_matrices(method: str, description: str) -> Method:
+    """Return a method with CLASSP's matrix accumulators in the place of plain SGD."""
+    ours, theirs = METHODS["classp-matrix"].defaults, METHODS[method].defaults
+
+    def build(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+        strategy = METHODS[method].build(model, {key: hyper[key] for key in theirs}, common)
+        own: dict[str, Any] = {key: hyper[key] for key in ours}
+        strategy.plugins.append(CLASSPPlugin(**own))
+        return strategy
+
+    return Method(description, {**theirs, **ours}, build, usual=False)
+
+
 METHODS = {
     "naive": Method("plain SGD, one experience after the other", {"lr": 0.01}, _on_sgd),
     "adagrad": Method(
@@ -223,6 +238,11 @@ METHODS = {
     ),
 }
 """All methods by name."""
+
+METHODS |= {
+    f"{method}-matrix": _with_matrices(method, f"{method} with matrix accumulators in SGD's place")
+    for method in ("ewc", "si", "mas", "lwf")
+}
 
 
 def count_steps(config: RunConfig) -> int:

@@ -43,33 +43,56 @@ def rule_space(trial: Trial) -> dict[str, Any]:
 FEWEST_TO_COMPARE = 8
 """Trials that must have come as far before one can be cut short."""
 
-SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
-    "naive": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
-    "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
-    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
-    "ewc": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
-    },
-    "ewc-online": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
-        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
-    },
+
+def matrix_space(trial: Trial) -> dict[str, Any]:
+    """Suggest the hyper-parameters of matrix accumulators."""
+    free_rate = _log(trial, "free_rate", 0.01, 1.0)
+    epsilon, power = _log(trial, "epsilon", 1e-4, 5.0), trial.suggest_float("power", 1.0, 2.5)
+    return {
+        "lr": free_rate * epsilon ** (1 / power),
+        "epsilon": epsilon,
+        "power": power,
+        "both_sides": _flag(trial, "both_sides"),
+    }
+
+
+_Space = Callable[[Trial], dict[str, Any]]
+
+_PENALTIES: dict[str, _Space] = {
+    "ewc": lambda t: {"ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7)},
     "si": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
         "si_lambda": _log(t, "si_lambda", 1e-3, 1e7),
         "eps": _log(t, "eps", 1e-4, 1.0),
     },
     "mas": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
         "lambda_reg": _log(t, "lambda_reg", 1e-5, 1e5),
         "alpha": t.suggest_float("alpha", 0.0, 1.0),
     },
     "lwf": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
         "alpha": _log(t, "alpha", 1e-2, 1e2),
         "temperature": t.suggest_float("temperature", 1.0, 4.0),
+    },
+}
+"""What these methods add to the loss; how the sum is followed down is another space."""
+
+
+def _sgd_space(trial: Trial) -> dict[str, Any]:
+    return {"lr": _log(trial, "lr", 1e-5, 1.0)}
+
+
+def _both(first: _Space, second: _Space) -> _Space:
+    return lambda trial: {**first(trial), **second(trial)}
+
+
+SPACES: dict[str, _Space] = {
+    "naive": _sgd_space,
+    "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
+    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
+    **{method: _both(_sgd_space, own) for method, own in _PENALTIES.items()},
+    "ewc-online": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
+        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
     },
     "rwalk": lambda t: {
         "lr": _log(t, "lr", 1e-5, 1.0),
@@ -77,17 +100,11 @@ SPACES: dict[str, Callable[[Trial], dict[str, Any]]] = {
         "ewc_alpha": t.suggest_float("ewc_alpha", 0.1, 1.0),
         "delta_t": t.suggest_int("delta_t", 1, 100, log=True),
     },
-    "replay": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
-    "joint": lambda t: {"lr": _log(t, "lr", 1e-5, 1.0)},
+    "replay": _sgd_space,
+    "joint": _sgd_space,
     "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
-    "classp-matrix": lambda t: {
-        **_matrix_space(
-            _log(t, "free_rate", 0.01, 1.0),
-            _log(t, "epsilon", 1e-4, 5.0),
-            t.suggest_float("power", 1.0, 2.5),
-        ),
-        "both_sides": _flag(t, "both_sides"),
-    },
+    "classp-matrix": matrix_space,
+    **{f"{method}-matrix": _both(own, matrix_space) for method, own in _PENALTIES.items()},
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
 learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
@@ -104,10 +121,6 @@ optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 def _log(trial: Trial, name: str, low: float, high: float) -> float:
     return trial.suggest_float(name, low, high, log=True)
-
-
-def _matrix_space(free_rate: float, epsilon: float, power: float) -> dict[str, Any]:
-    return {"lr": free_rate * epsilon ** (1 / power), "epsilon": epsilon, "power": power}
 
 
 def _flag(trial: Trial, name: str) -> bool:

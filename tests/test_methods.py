@@ -45,6 +45,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
 SCENARIOS = ("class", "domain", "task")
 SIZE = 6
 LR = 0.05
+USUAL = [name for name, method in METHODS.items() if method.usual]
+WITH_MATRICES = [name for name in METHODS if name not in USUAL]
 FAST = {method: {"lr": LR} for method in METHODS} | {
     "adam": {"lr": 0.01},
     "adagrad": {"lr": 0.02},
@@ -179,7 +181,7 @@ learnt_once = cache(learnt)
 
 @pytest.mark.parametrize("kind", ["mlp", "resnet"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", USUAL)
 def test_every_method_learns_in_every_scenario(method, scenario, kind):
     rows, tensors = learnt_once(method, scenario, kind)
     assert [len(row) for row in rows] == [3] * (2 if method == "joint" else 4)
@@ -188,7 +190,7 @@ def test_every_method_learns_in_every_scenario(method, scenario, kind):
     assert all(t.isfinite().all() for t in tensors.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", USUAL)
 def test_the_same_seed_gives_the_same_weights(method):
     """With dropout, random augmentation, and samples that are stored at random."""
     rows, tensors = learnt(method, "task", "resnet")
@@ -196,7 +198,7 @@ def test_the_same_seed_gives_the_same_weights(method):
     assert same(tensors, learnt_once(method, "task", "resnet")[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", USUAL)
 def test_twenty_experiences_without_an_evaluation_between(method):
     """As a search does. Two steps for each experience, mini-batches smaller than the stream."""
     strategy = build(method, network("mlp", "task", 20), train_epochs=1)
@@ -205,6 +207,22 @@ def test_twenty_experiences_without_an_evaluation_between(method):
     assert all(p.isfinite().all() for p in strategy.model.parameters())
     last = strategy.eval(benchmark.test_stream[-1:])
     assert last["Top1_Acc_Exp/eval_phase/test_stream/Task019/Exp019"] > 0.5
+
+
+@pytest.mark.parametrize("method", WITH_MATRICES)
+def test_with_matrices_a_baseline_is_ours_until_its_penalty_begins(method):
+    """In the first experience no weight has an importance and no former model answers."""
+    ends = {}
+    for name in ("classp-matrix", method):
+        seed_everything()
+        strategy = build(name, network("mlp", "domain"))
+        for experience in images("domain").train_stream[:2]:
+            strategy.train(experience, eval_streams=[])
+            ends.setdefault(name, []).append(weights(strategy.model))
+        assert {group["rank"] for group in strategy.optimizer.param_groups} == {128}
+    (ours, ours_later), (theirs, theirs_later) = ends.values()
+    assert same(ours, theirs)
+    assert not same(ours_later, theirs_later)
 
 
 def test_the_defaults_learn_too():
@@ -277,7 +295,7 @@ def test_every_hyper_parameter_of_the_baselines_is_tested_above():
     marks = test_every_hyper_parameter_has_an_effect.pytestmark
     cases = next(m.args[1] for m in marks if m.name == "parametrize")
     tested = {(method, key) for method, hyper in cases for key in hyper}
-    for method in set(METHODS) - {"classp"}:
+    for method in set(USUAL) - {"classp"}:
         assert {(method, key) for key in METHODS[method].defaults if key != "lr"} <= tested
 
 
@@ -931,7 +949,8 @@ def test_what_is_not_the_methods_is_not_counted():
 
 def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
-        "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix"
+        "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
+        "ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
     for spec in METHODS.values():
         assert 0 < len(spec.description) < 90
