@@ -256,8 +256,18 @@ def _search_method(
     _run_finalists(study, finalists, finalist_seeds, data_root)
 
 
-def _config(study: optuna.Study, epochs: int, hyper: Hyper, seed: int) -> RunConfig:
-    """Return a run's config; ``seed`` counts the search's seeds from 0."""
+def config_of(
+    study: optuna.Study, epochs: int, hyper: Hyper, seed: int, train_share: float | None = None
+) -> RunConfig:
+    """Return the config of a search's run.
+
+    Args:
+        study: the search of one method.
+        epochs: the trial's.
+        hyper: the trial's.
+        seed: number of the tuning seed, from 0.
+        train_share: another share of the training data than the search's.
+    """
     arguments = study.user_attrs["arguments"]
     return make_config(
         arguments["benchmark"],
@@ -268,7 +278,7 @@ def _config(study: optuna.Study, epochs: int, hyper: Hyper, seed: int) -> RunCon
         epochs=epochs,
         batch_size=arguments["batch_size"],
         validation=True,
-        train_share=arguments["train_share"],
+        train_share=train_share or arguments["train_share"],
         **arguments["fixed"],
     )
 
@@ -298,7 +308,7 @@ def _value(trial: Trial, data_root: Path | None) -> float:
 
     values = []
     for seed in range(arguments["tuning_seeds"]):
-        config = _config(study, epochs, hyper, seed)
+        config = config_of(study, epochs, hyper, seed)
         try:
             result = run(config, data_root, judge=judge if seed == 0 else None)
         except DivergedError:
@@ -325,7 +335,7 @@ def _run_finalists(
             if len(values) > i:
                 continue
             epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
-            config = _config(study, epochs, hyper, tuning_seeds + i)
+            config = config_of(study, epochs, hyper, tuning_seeds + i)
             try:
                 values.append(run(config, data_root)["average_accuracy"])
             except DivergedError:

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_classp import CLASSP
-from experiments import defaults
+from experiments import defaults, share
 from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.cli import main
 from experiments.config import RunConfig, parse_value
@@ -718,6 +718,44 @@ def test_a_judge_is_told_the_mean_accuracy_so_far():
     assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
     assert all(0 <= accuracy <= 1 for _, accuracy in told)
     assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]
+
+
+def test_trials_of_a_part_are_run_again_with_all_data(tmp_path, capsys):
+    words = ["split-digits", "domain", ["naive"], tmp_path, 3, 1, (1,), 32]
+    search(*words, train_share=0.2)
+    for _ in range(2):
+        assert share.main([str(tmp_path), "--methods", "naive", "--jobs", "1"]) == 0
+        assert "naive: 3 trials, rank correlation" in capsys.readouterr().out
+    with open(tmp_path / "trials.csv", encoding="utf-8") as file:
+        trials = list(csv.DictReader(file))
+    with open(tmp_path / "share.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row, trial in zip(rows, trials, strict=True):
+        assert float(row["part"]) == pytest.approx(float(trial["validation_accuracy"]), abs=1e-6)
+        config = make_config(
+            "split-digits",
+            "domain",
+            "naive",
+            1000,
+            json.loads(trial["hyper"]),
+            epochs=1,
+            validation=True,
+        )
+        assert float(row["whole"]) == run(config)["average_accuracy"]
+    assert share.main([str(tmp_path), "--methods", "ewc"]) == 2
+    assert "holds no search of ewc" in capsys.readouterr().err
+    search("split-digits", "domain", ["adam"], tmp_path / "all", 1, 1, (1,), 32)
+    assert share.main([str(tmp_path / "all"), "--methods", "adam"]) == 2
+    assert "with all of the data already" in capsys.readouterr().err
+
+
+def test_what_a_choice_by_a_part_costs():
+    """Ranks 1 2 3 4 become 1 2 4 3: 1 - 6 · 2 / (4 · 15) = 0.8 (Spearman)."""
+    values = ((0.1, 0.2), (0.2, 0.3), (0.3, 0.9), (0.4, 0.8))
+    rows = [{"method": "si", "part": part, "whole": whole} for part, whole in values]
+    assert share.summary(rows) == (
+        "si: 4 trials, rank correlation 0.80, the choice costs 10.0 points"
+    )
 
 
 def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, monkeypatch, capsys):
