@@ -146,15 +146,15 @@ def _merge_(state: dict[str, Any], side: str, rows: Tensor) -> None:
     """Put rows into the side's sketch; shed what it has no columns for."""
     sketch = state[side + "sketch"]
     M = torch.cat([sketch, rows.T], 1)
-    values, vectors = torch.linalg.eigh((M.T @ M).double())
+    values, vectors = torch.linalg.eigh(M.T @ M)
     rank = sketch.shape[1]
     kept = values[-rank:].clamp_min(0)
     floor = values[-rank - 1].clamp_min(0)
     # Below that a value is rounding, and its vector any.
     real = kept > torch.finfo(sketch.dtype).eps * kept[-1]
     shrink = torch.where(real, ((kept - floor).clamp_min(0) / kept).sqrt(), 0.0)
-    state[side + "sketch"] = M @ (vectors[:, -rank:] * shrink).to(sketch.dtype)
-    state[side + "shed"] = state[side + "shed"] + floor.to(sketch.dtype)
+    state[side + "sketch"] = M @ (vectors[:, -rank:] * shrink)
+    state[side + "shed"] = state[side + "shed"] + floor
 
 
 def absorb_rows_(state: dict[str, Any]) -> None:

@@ -143,12 +143,11 @@ class CLASSPOptimizer(Optimizer):
             outputs × inputs,
             :math:`A \leftarrow A + G^\top G \lVert G \rVert^{p-2}` and
             :math:`W \leftarrow W - lr \cdot G (\epsilon I + A)^{-1/p}`; see
-            ``avalanche_classp/matrix.py``. It keeps (rank + 32) numbers for each input of a layer,
-            in place of one for each weight, and takes a few matrix products and, every fourth
-            step, an eigenvalue decomposition of that size. Epsilon must be above 0, and counts
-            more: :math:`lr / \epsilon^{1/p}` is SGD's rate in directions that are still free;
-            begin with 0.1 to 0.3 for it. ``foreach`` and ``fused`` do not concern such parameters.
-            Default: 0.
+            ``avalanche_classp/matrix.py``. It keeps rank numbers for each input of a layer, in
+            place of one for each weight, and each step takes a few matrix products and an
+            eigenvalue decomposition of rank + 8 rows. Epsilon must be above 0, and counts more:
+            :math:`lr / \epsilon^{1/p}` is SGD's rate in directions that are still free; begin with
+            0.1 to 0.3 for it. ``foreach`` and ``fused`` do not concern such parameters. Default: 0.
         both_sides: with rank above 0, whether there is such a history of the outputs, too,
             :math:`L \leftarrow L + G G^\top \lVert G \rVert^{p-2}`, and
             :math:`W \leftarrow W - lr \cdot (\epsilon I + L)^{-1/2p} \, G \,

@@ -1,6 +1,7 @@
 """The benchmarks run and count rightly; what they measure no test asserts."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from small_data import write_mnist
 from torch import nn
 
 from avalanche_classp import CLASSPOptimizer
-from experiments.speed import growth, long, loop, step
+from experiments.speed import growth, long, loop, matrix, step
 from experiments.speed.__main__ import main
 from experiments.speed.measure import in_turn, ratio
 
@@ -64,6 +65,14 @@ def test_loop_ends_with_the_same_weights(case, tmp_path, capsys):
     printed = capsys.readouterr().out
     expected = "same weights: True" if case in loop.CASES else "naive / CLASSP"
     assert expected in printed
+
+
+def test_every_way_of_matrices_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "MODELS", {"mlp-256": (64,)})
+    main(["matrix", "--quick"])
+    printed = capsys.readouterr().out
+    for way in matrix.WAYS:
+        assert re.search(rf"  {way} / sgd: [0-9.]+ \[[0-9.]+ to [0-9.]+\]\n", printed)
 
 
 @pytest.mark.filterwarnings("ignore")

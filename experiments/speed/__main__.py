@@ -4,10 +4,11 @@ Everything is measured in one process on one machine, in turn (one, the other, o
 what disturbs the machine disturbs both. Ratios are taken within a pair and reported as their
 median, with the lowest and the highest.
 
-Cases: step (a step against AdaGrad's), split-mnist, permuted-mnist, split-cifar10 (Avalanche's
-data loading against in_memory, training and evaluation), classp (against naive SGD and EWC),
-metrics (CLASSP with classp_metrics against without), growth (5, 20 and 100 experiences), long (500
-small experiences), saturation (accumulators over 10⁸ steps), startup (imports).
+Cases: step (a step against AdaGrad's), matrix (matrix accumulators in a training step),
+split-mnist, permuted-mnist, split-cifar10 (Avalanche's data loading against in_memory, training and
+evaluation), classp (against naive SGD and EWC), metrics (CLASSP with classp_metrics against
+without), growth (5, 20 and 100 experiences), long (500 small experiences), saturation (accumulators
+over 10⁸ steps), startup (imports).
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ import torch
 from experiments.speed.growth import measure_growth
 from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
+from experiments.speed.matrix import measure_matrix
 from experiments.speed.measure import machine
 from experiments.speed.startup import measure_startup
 from experiments.speed.step import measure_step
 
-ALL_CASES = ("step", *CASES, "classp", "metrics", "growth", "long", "saturation", "startup")
+ALL_CASES = (
+    "step",
+    "matrix",
+    *CASES,
+    "classp",
+    "metrics",
+    "growth",
+    "long",
+    "saturation",
+    "startup",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,6 +82,8 @@ def _measure(case: str, options: argparse.Namespace) -> None:
     pairs = 1 if options.quick else options.pairs
     if case == "step":
         measure_step(2 if options.quick else options.rounds)
+    elif case == "matrix":
+        measure_matrix(2 if options.quick else options.rounds)
     elif case == "startup":
         measure_startup(pairs)
     elif case == "long":

@@ -1,0 +1,59 @@
+"""A training step with matrix accumulators against one with plain SGD and with the paper's rule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+
+from avalanche_classp import CLASSPOptimizer
+from experiments.models import Shape, make_model
+from experiments.speed.measure import in_turn, ratio
+
+BATCH_SIZE = 128
+MODELS: dict[str, Shape] = {"mlp-256": (1, 28, 28), "mlp-1000": (1, 28, 28), "cnn": (3, 32, 32)}
+WAYS: dict[str, dict[str, Any]] = {
+    "paper's rule": {},
+    "rank 32": {"rank": 32, "epsilon": 1.0},
+    "rank 128": {"rank": 128, "epsilon": 1.0},
+    "rank 128, both sides": {"rank": 128, "epsilon": 1.0, "both_sides": True},
+}
+
+
+def measure_matrix(rounds: int) -> None:
+    """Print what a whole training step takes: forward, backward, and the optimizer's."""
+    print(f"\nA training step, {BATCH_SIZE} samples, n = {rounds}; ratios paired within a round")
+    for name, shape in MODELS.items():
+        model = make_model(name, shape, 10, multi_head=False)
+        x, y = torch.rand(BATCH_SIZE, *shape), torch.randint(10, (BATCH_SIZE,))
+        calls = {"sgd": _step(model, x, y, partial(SGD, lr=1e-3))}
+        for way, own in WAYS.items():
+            calls[way] = _step(model, x, y, partial(CLASSPOptimizer, lr=1e-3, **own))
+        seconds = in_turn(calls, rounds)
+        print(f"\n{name}")
+        for way, values in seconds.items():
+            print(f"  {way:<22} {1e3 * median(values):7.2f} ms")
+        for way in WAYS:
+            print(f"  {way} / sgd: {ratio(seconds[way], seconds['sgd'])}")
+
+
+def _step(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, make: Callable[..., Optimizer]
+) -> Callable[[], object]:
+    """Return a step that trains a copy of the model."""
+    own = copy.deepcopy(model)
+    optimizer = make(own.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(own(x), y).backward()
+        optimizer.step()
+
+    return step
