@@ -22,6 +22,7 @@ from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
 __all__ = [
     "absorb_rows_",
+    "columns_for",
     "diagonal",
     "fitted_sketch",
     "matrix_update_",
@@ -29,6 +30,7 @@ __all__ = [
     "sides_of",
     "size_of",
     "takes_matrix",
+    "widen_",
 ]
 
 ROWS = 8
@@ -51,7 +53,14 @@ def sides_of(state: Mapping[str, Any]) -> tuple[str, ...]:
 
 def size_of(param: Tensor, side: str) -> int:
     """Return the number of a parameter's inputs, or of its outputs."""
-    return len(param) if side else param[0].numel()
+    return len(param) if side else param.shape[1:].numel()
+
+
+def columns_for(param: Tensor, rank: int, side: str) -> int:
+    """Return how many columns a sketch has: rank, or as many as make one number per weight."""
+    inputs, outputs = size_of(param, ""), size_of(param, SIDES[1])
+    size, others = (outputs, inputs) if side else (inputs, outputs)
+    return min(rank, size, max(ROWS, others))
 
 
 def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, Any]:
@@ -59,19 +68,19 @@ def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, 
 
     Args:
         param: of shape (out, ...); all dimensions but the first count as the inputs.
-        rank: columns of the sketch; at most as many as there are inputs are used.
+        rank: see :func:`columns_for`.
         both_sides: whether to have a history of the outputs, too.
 
     Returns:
-        ``sketch``, B of shape (inputs, rank), with orthogonal columns; ``shed``, ρ; ``step``, the
-        number of updates. With ``both_sides`` also ``out_sketch`` and ``out_shed``, those of
+        ``sketch``, B of shape (inputs, columns), with orthogonal columns; ``shed``, ρ; ``step``,
+        the number of updates. With ``both_sides`` also ``out_sketch`` and ``out_shed``, those of
         outputs.
     """
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
     state: dict[str, Any] = {"step": 0}
     for side in SIDES if both_sides else SIDES[:1]:
-        size = size_of(param, side)
-        state[side + "sketch"] = torch.zeros(size, min(rank, size), **kind)
+        columns = columns_for(param, rank, side)
+        state[side + "sketch"] = torch.zeros(size_of(param, side), columns, **kind)
         state[side + "shed"] = torch.zeros((), **kind)
     return state
 
@@ -120,7 +129,7 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
         with Frequent Directions", 2023, arXiv:2302.03764. V. Gupta, T. Koren, Y. Singer, "Shampoo:
         preconditioned stochastic tensor optimization", 2018, arXiv:1802.09568.
     """
-    G = passed(grad.reshape(len(grad), -1), state["sketch"].dtype, rule)
+    G = passed(grad.flatten(1), state["sketch"].dtype, rule)
     # A gradient of zero: inf, and nothing to remember.
     scale = (G.norm() ** (rule.power / 2 - 1)).nan_to_num(nan=0.0, posinf=0.0)
     for side in sides_of(state):
@@ -193,6 +202,15 @@ def diagonal(state: Mapping[str, Any], param: Tensor) -> Tensor:
 
 def _own(state: Mapping[str, Any], side: str) -> Tensor:
     return state[side + "sketch"].square().sum(1) + state[side + "shed"]
+
+
+def widen_(state: dict[str, Any], param: Tensor, rank: int) -> None:
+    """Give sketches the columns that they lack, in place: outputs may have been added."""
+    for side in sides_of(state):
+        sketch = state[side + "sketch"]
+        missing = columns_for(param, rank, side) - sketch.shape[1]
+        if missing > 0:
+            state[side + "sketch"] = torch.nn.functional.pad(sketch, (0, missing))
 
 
 def fitted_sketch(state: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from avalanche_classp.matrix import (
     sides_of,
     size_of,
     takes_matrix,
+    widen_,
 )
 from avalanche_classp.paths import update_, usable
 from avalanche_classp.rule import (
@@ -138,20 +139,21 @@ class CLASSPOptimizer(Optimizer):
             a kernel that lies ready. Default (None): see ``foreach``.
         rank: 0 is the paper's rule: a history for every weight. Above 0, an extension of ours:
             every parameter with two dimensions or more has a matrix accumulator, a history for
-            every direction of its layer's inputs, in a sketch of so many columns (16 to
-            256 were tried); vectors keep the rule above. With the gradient G as a matrix,
+            every direction of its layer's inputs, in a sketch of so many columns (16 to 256
+            were tried); vectors keep the rule above. With the gradient G as a matrix,
             outputs × inputs,
             :math:`A \leftarrow A + G^\top G \lVert G \rVert^{p-2}` and
             :math:`W \leftarrow W - lr \cdot G (\epsilon I + A)^{-1/p}`; see
-            ``avalanche_classp/matrix.py``. It keeps rank numbers for each input of a layer, in
-            place of one for each weight, and each step takes a few matrix products and an
-            eigenvalue decomposition of rank + 8 rows. Epsilon must be above 0, and counts more:
-            :math:`lr / \epsilon^{1/p}` is SGD's rate in directions that are still free; begin with
-            0.1 to 0.3 for it. ``foreach`` and ``fused`` do not concern such parameters. Default: 0.
+            ``avalanche_classp/matrix.py``. It keeps rank numbers for each input of a layer, but
+            not more than there are weights (of layers with less than 8 outputs, 8 for each input).
+            Each step takes a few matrix products and an eigenvalue decomposition of rank + 8 rows.
+            Epsilon must be above 0, and counts more: :math:`lr / \epsilon^{1/p}` is SGD's rate in
+            directions that are still free; begin with 0.1 to 0.3 for it. ``foreach`` and ``fused``
+            do not concern such parameters. Default: 0.
         both_sides: with rank above 0, whether there is such a history of the outputs, too,
             :math:`L \leftarrow L + G G^\top \lVert G \rVert^{p-2}`, and
             :math:`W \leftarrow W - lr \cdot (\epsilon I + L)^{-1/2p} \, G \,
-            (\epsilon I + A)^{-1/2p}`. It counts when a parameter's history begins, as rank does.
+            (\epsilon I + A)^{-1/2p}`. It counts when a parameter's history begins.
             Default: False.
 
     All paths give the same numbers: with the powers 1 and 2 to the last bit on a CPU with AVX2,
@@ -392,6 +394,7 @@ class CLASSPOptimizer(Optimizer):
             state.update(new_sketch(p, group["rank"], group["both_sides"]))
         elif (state["sketch"].device, state["sketch"].dtype) != (p.device, accumulator_dtype(p)):
             state.update(fitted_sketch(state, p) or {})
+        widen_(state, p, group["rank"])
         return state
 
     def _check_gradients(self) -> None:

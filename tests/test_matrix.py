@@ -335,6 +335,41 @@ def test_a_bigger_model_takes_the_sketches(both_sides):
     assert "weight" in back.dropped
 
 
+@parametrize(
+    ("shape", "rank", "columns", "out_columns"),
+    [
+        ((400, 784), 128, 128, 128),
+        ((10, 400), 128, 10, 10),
+        ((2, 400), 128, 8, 2),
+        ((400, 6), 128, 6, 8),
+        ((64, 32, 3, 3), 128, 64, 64),
+        ((64, 32, 3, 3), 16, 16, 16),
+        ((0, 5), 3, 3, 0),
+    ],
+)
+def test_a_sketch_has_no_more_numbers_than_weights(shape, rank, columns, out_columns):
+    """But for layers of less than 8 outputs: a step brings up to 8 directions."""
+    state = new_sketch(torch.empty(shape), rank, both_sides=True)
+    inputs = torch.empty(shape[1:]).numel()
+    assert state["sketch"].shape == (inputs, columns)
+    assert state["out_sketch"].shape == (shape[0], out_columns)
+
+
+def test_a_sketch_widens_with_its_layer():
+    old, new = nn.Linear(30, 2, bias=False), nn.Linear(30, 20, bias=False)
+    optimizers = [CLASSPOptimizer(m.parameters(), rank=12) for m in (old, new)]
+    old(torch.eye(30)).square().sum().backward()
+    optimizers[0].step()
+    before = optimizers[0].state[old.weight]["sketch"]
+    assert before.shape == (30, 8)
+    carry_accumulators(optimizers[0], old.named_parameters(), optimizers[1], new.named_parameters())
+    new.weight.grad = torch.zeros(20, 30)
+    optimizers[1].step()
+    after = optimizers[1].state[new.weight]["sketch"]
+    assert after.shape == (30, 12)
+    assert_close(after @ after.T, before @ before.T)
+
+
 @parametrize("both_sides", [False, True])
 def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny, both_sides):
     hyper = {"rank": 8, "lr": 0.01, "both_sides": both_sides}
