@@ -343,7 +343,7 @@ def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list
     """Return the headings and the rows as texts."""
     columns = _present(rows, columns)
     body = [
-        [row["method"], str(row["n"]), *(_cell(column, row[column.key]) for column in columns)]
+        [row["method"], str(row["n"]), *(cell(column, row[column.key]) for column in columns)]
         for row in rows
     ]
     return [["method", "n", *(column.heading for column in columns)], *body]
@@ -354,7 +354,8 @@ def _present(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> li
     return [c for c in columns if not c.optional or any(row[c.key] is not None for row in rows)]
 
 
-def _cell(column: Column, value: Interval) -> str:
+def cell(column: Column, value: Interval) -> str:
+    """Return a column's value as a text."""
     if value is None:
         return "–"
     mean, half = value

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
-from experiments import figures, report
+from experiments import figures, overview, report
 from experiments.labels import Point, place_labels, wrap_label
 from experiments.report import (
     csv_table,
@@ -29,6 +29,7 @@ from experiments.report import (
     table_rows,
     write_report,
 )
+from experiments.resultfiles import Results
 
 ALL = [
     *("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rwalk", "replay"),
@@ -761,3 +762,38 @@ def test_every_column_and_figure_is_explained():
     for name in [*header, *FIGURES]:
         if not name.endswith("_ci95"):
             assert f"| `{name}` |" in explained
+
+
+# Several comparisons side by side
+
+
+def test_an_overview_has_a_column_for_each_comparison(tmp_path, capsys):
+    """Accuracies 0.4 to 0.6 with two seeds; by hand."""
+    places = {"first": ("classp-matrix", "naive", "joint"), "second": ("naive", "classp-matrix")}
+    for place, methods in places.items():
+        for method, seed in itertools.product(methods, (0, 1)):
+            accuracy = 0.4 + 0.1 * seed + 0.2 * (method != "naive") + 0.1 * (method == "joint")
+            Results(tmp_path / place).save(fake_result(method, seed, accuracy))
+    assert overview.main([str(tmp_path / place) for place in places]) == 0
+    half = f"{100 * 0.1 * HALF:.1f}"
+    assert capsys.readouterr().out.split("\n\n") == [
+        "| method | first | second |\n"
+        "| --- | ---: | ---: |\n"
+        f"| joint | 75.0 ± {half} |  |\n"
+        f"| classp-matrix | 65.0 ± {half} | 65.0 ± {half} |\n"
+        f"| naive | 45.0 ± {half} | 45.0 ± {half} |",
+        "| method | first | second |\n"
+        "| --- | ---: | ---: |\n"
+        "| joint | +10.0 ± 0.0 |  |\n"
+        "| classp-matrix | – | – |\n"
+        "| naive | -20.0 ± 0.0 | -20.0 ± 0.0 |\n",
+    ]
+
+
+def test_an_overview_refuses_what_has_no_one_number(tmp_path, capsys):
+    assert overview.main([str(tmp_path)]) == 2
+    assert "no finished runs" in capsys.readouterr().err
+    for lr in (0.1, 0.2):
+        Results(tmp_path).save(fake_result("ewc", 0, config={"hyper": {"lr": lr}}))
+    assert overview.main([str(tmp_path)]) == 2
+    assert "several settings of a method" in capsys.readouterr().err
