@@ -22,7 +22,6 @@ from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
 __all__ = [
     "absorb_rows_",
-    "columns_for",
     "diagonal",
     "fitted_sketch",
     "matrix_update_",

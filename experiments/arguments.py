@@ -26,6 +26,15 @@ class _Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
+def script_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a script beside the commands; its docstring is the help."""
+    return _Parser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Make the parser of all commands.
 
@@ -55,7 +64,10 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     what = _what_to_run(compare)
     what.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="default: all that `list` names"
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="default: all that `list` names but the baselines with matrix accumulators",
     )
     what.add_argument(
         "--seeds",

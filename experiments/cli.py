@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
-from experiments.errors import UserError
+from experiments.errors import UserError, print_error
 
 if TYPE_CHECKING:
     from experiments.benchmarks import Benchmark
@@ -56,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
-        _print_error(f"{error}; pip install '.[experiments]' brings it")
+        print_error(f"{error}; pip install '.[experiments]' brings it")
         return 2
     except UserError as error:
-        _print_error(str(error))
+        print_error(str(error))
         return 2
     except OSError as error:  # a full disk, a closed pipe
-        _print_error(str(error))
+        print_error(str(error))
         _drop_output_that_nobody_takes()
         return 2
     except KeyboardInterrupt:
@@ -71,10 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-
-
-def _print_error(message: str) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 def _drop_output_that_nobody_takes() -> None:
@@ -126,7 +122,7 @@ def _compare(options: argparse.Namespace) -> int:
             print(f"to watch them: tensorboard --logdir {results.folder / 'tensorboard'}")
     if failures:
         reasons = "; ".join(sorted({failure["error"] for failure in failures}))
-        _print_error(f"{len(failures)} of {len(configs)} runs failed: {reasons}")
+        print_error(f"{len(failures)} of {len(configs)} runs failed: {reasons}")
         return 1
     return 0
 
@@ -148,7 +144,7 @@ def _run(options: argparse.Namespace) -> int:
         result = attempt(config, options.data_root, bar.update, logs)
     path = results.save(result | {"command": options.command_line})
     if "error" in result:
-        _print_error(f"{result['error']} (recorded in {path})")
+        print_error(f"{result['error']} (recorded in {path})")
         return 1
     print(plain_table(table_rows([result])))
     print(f"\nresult file: {path}")

@@ -12,7 +12,6 @@ share the work. ``defaults.csv`` lists all trials.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -26,9 +25,10 @@ import optuna
 from optuna.trial import Trial
 from tqdm import tqdm
 
+from experiments.arguments import script_parser
 from experiments.benchmarks import BENCHMARKS, require_data
 from experiments.config import Hyper
-from experiments.errors import DivergedError, UserError
+from experiments.errors import DivergedError, UserError, exit_code
 from experiments.resultfiles import make_folder, write_atomically
 from experiments.run import run
 from experiments.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
@@ -141,25 +141,20 @@ def _trials_csv(study: optuna.Study) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.defaults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("experiments.defaults", __doc__)
     parser.add_argument("--trials", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
     if options.trials < 1:
         parser.error(f"--trials must be at least 1, got {options.trials}")
-    try:
+
+    def work() -> None:
         for name in PLACES:
             require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
         search_defaults(options.trials, options.output, options.data_root)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

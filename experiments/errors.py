@@ -1,5 +1,10 @@
 """The errors that the command line shows as one line."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Something that the user can put right; its message says what and how."""
@@ -12,3 +17,18 @@ class DivergedError(UserError):
 def one_line(error: BaseException) -> str:
     """Return the error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def print_error(message: str) -> None:
+    """Print a message as one line on standard error."""
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do a script's work and return 0, or 2 for what the user can put right, which is printed."""
+    try:
+        work()
+    except UserError as error:
+        print_error(str(error))
+        return 2
+    return 0

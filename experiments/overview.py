@@ -7,14 +7,14 @@ methods are sorted by their mean accuracy over the folders that have all of them
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.arguments import script_parser
+from experiments.errors import UserError, exit_code
 from experiments.report import COLUMNS, cell, table_rows
 from experiments.resultfiles import Results
 
@@ -68,18 +68,10 @@ def _sorted(tables: Sequence[Table]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.overview",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("experiments.overview", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    try:
-        print("\n\n".join(overview(parser.parse_args(arguments).folders)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    folders = parser.parse_args(arguments).folders
+    return exit_code(lambda: print("\n\n".join(overview(folders))))
 
 
 if __name__ == "__main__":

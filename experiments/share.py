@@ -3,7 +3,7 @@
     python -m experiments.share FOLDER --methods METHOD ... [--jobs N] [--data-root FOLDER]
 
 FOLDER holds a search with ``--train-share`` below 1. Its trials, those that were not cut short,
-are run again with all of the training data (validation data aside), the same seed and otherwise
+are run again with all of the training data (validation data aside), the same seeds and otherwise
 the same settings. ``FOLDER/share.csv`` has both accuracies of every trial. Printed are, for each
 method, Spearman's rank correlation of the two and what the choice by the part costs: the best
 accuracy with all of the data, less that of the trial that is best with the part. What is done is
@@ -12,20 +12,21 @@ kept, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 
+from experiments.arguments import script_parser
 from experiments.compare import run_all
 from experiments.config import RunConfig
-from experiments.errors import UserError
+from experiments.errors import UserError, exit_code
 from experiments.processes import available_cores
 from experiments.resultfiles import Results, write_atomically
 from experiments.search import config_of, open_study
@@ -36,32 +37,44 @@ def compare_shares(
 ) -> list[dict[str, Any]]:
     """Run the trials again and return, for each, ``method``, ``trial``, ``part`` and ``whole``.
 
-    A trial that diverges with all of the data has a ``whole`` of 0.
+    Both are means over the tuning seeds; a run that diverges with all of the data counts as 0.
 
     Raises:
-        UserError: the folder holds no search of a method, or one with all of the data.
+        UserError: the folder holds no search of a method, one with all of the data, or less than
+            two trials that were not cut short.
     """
-    trials: dict[tuple[str, int], tuple[float, RunConfig]] = {}
+    trials: dict[tuple[str, int], tuple[float, list[RunConfig]]] = {}
     for method in methods:
         if not (folder / f"{method}.journal").is_file():
             raise UserError(f"{folder} holds no search of {method}; name one with --methods")
         study = open_study(method, folder)
-        share = study.user_attrs["arguments"]["train_share"]
-        if share == 1:
+        arguments = study.user_attrs["arguments"]
+        if arguments["train_share"] == 1:
             raise UserError(f"{folder} holds a search of {method} with all of the data already")
-        for trial in study.get_trials(states=(TrialState.COMPLETE,)):
+        whole_trials = study.get_trials(states=(TrialState.COMPLETE,))
+        if len(whole_trials) < 2:
+            raise UserError(f"{folder} has no two trials of {method} to rank; search more")
+        for trial in whole_trials:
             epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
-            config = config_of(study, epochs, hyper, 0, train_share=1.0)
-            trials[method, trial.number] = (trial.value or 0.0, config)
+            configs = [
+                config_of(study, epochs, hyper, seed, train_share=1.0)
+                for seed in range(arguments["tuning_seeds"])
+            ]
+            trials[method, trial.number] = (trial.value or 0.0, configs)
     results = Results(folder / "share")
-    run_all([config for _, config in trials.values()], results, data_root, jobs)
+    run_all([c for _, configs in trials.values() for c in configs], results, data_root, jobs)
     found = {
         RunConfig.from_dict(result["config"]).key(): result.get("average_accuracy", 0.0)
         for result in results.load()
     }
     return [
-        {"method": method, "trial": number, "part": part, "whole": found[config.key()]}
-        for (method, number), (part, config) in trials.items()
+        {
+            "method": method,
+            "trial": number,
+            "part": part,
+            "whole": fmean(found[config.key()] for config in configs),
+        }
+        for (method, number), (part, configs) in trials.items()
     ]
 
 
@@ -81,11 +94,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.share",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("experiments.share", __doc__)
     parser.add_argument("folder", type=Path, help="where the journals of the search are")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
     parser.add_argument("--jobs", type=int, default=available_cores(), metavar="N")
@@ -93,18 +102,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    try:
+
+    def work() -> None:
         rows = compare_shares(options.folder, options.methods, options.jobs, options.data_root)
         out = io.StringIO()
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(options.folder / "share.csv", out.getvalue())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(summary(rows))
-    return 0
+        print(summary(rows))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

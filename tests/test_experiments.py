@@ -744,6 +744,9 @@ def test_trials_of_a_part_are_run_again_with_all_data(tmp_path, capsys):
         assert float(row["whole"]) == run(config)["average_accuracy"]
     assert share.main([str(tmp_path), "--methods", "ewc"]) == 2
     assert "holds no search of ewc" in capsys.readouterr().err
+    search("split-digits", "domain", ["si"], tmp_path, 1, 1, (1,), 32, train_share=0.2)
+    assert share.main([str(tmp_path), "--methods", "si"]) == 2
+    assert "no two trials of si" in capsys.readouterr().err
     search("split-digits", "domain", ["adam"], tmp_path / "all", 1, 1, (1,), 32)
     assert share.main([str(tmp_path / "all"), "--methods", "adam"]) == 2
     assert "with all of the data already" in capsys.readouterr().err

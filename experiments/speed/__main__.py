@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.arguments import script_parser
 from experiments.speed.growth import measure_growth
 from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
@@ -53,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser("experiments.speed", __doc__)
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"of {', '.join(ALL_CASES)}; default all"
     )
@@ -80,10 +77,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _measure(case: str, options: argparse.Namespace) -> None:
     pairs = 1 if options.quick else options.pairs
+    rounds = 2 if options.quick else options.rounds
     if case == "step":
-        measure_step(2 if options.quick else options.rounds)
+        measure_step(rounds)
     elif case == "matrix":
-        measure_matrix(2 if options.quick else options.rounds)
+        measure_matrix(rounds)
     elif case == "startup":
         measure_startup(pairs)
     elif case == "long":
