@@ -141,7 +141,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="run the best N trials of each method with more seeds, and choose the best mean over "
-        "all of them (default: 0)",
+        "all of them; with --train-share over these alone, which have all data (default: 0)",
     )
     what.add_argument(
         "--finalist-seeds",
@@ -156,6 +156,12 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         default=1.0,
         metavar="X",
         help="train on this share of the training data (default: 1.0)",
+    )
+    what.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="of every trial (default: the benchmark's usual one)",
     )
     where = _where(search)
     _jobs(where, "methods at a time")

@@ -167,7 +167,7 @@ def _search(options: argparse.Namespace) -> int:
         options.trials,
         options.tuning_seeds,
         spec.epochs_choices,
-        spec.batch_size,
+        options.batch_size or spec.batch_size,
         options.data_root,
         options.train_share,
         options.jobs or available_cores(),

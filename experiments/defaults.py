@@ -1,11 +1,13 @@
 """Search one setting of CLASSP for all benchmarks: where the library's defaults come from.
 
-    python -m experiments.defaults [--trials N] [--output FOLDER] [--data-root FOLDER]
+    python -m experiments.defaults [--trials N] [--try LR EPSILON POWER]... [--output FOLDER]
+        [--data-root FOLDER]
 
 Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
 is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
-accuracy over their scenarios. The first trials are the defaults until then and what was chosen for
-each benchmark alone (experiments/settings.json); the others are Optuna's. What is done is kept in
+accuracy over their scenarios. The first trials are those of ``--try``, with threshold 0; where it
+is not given, :data:`FORMER` and what was chosen for each benchmark alone
+(experiments/settings.json). The others are Optuna's. What is done is kept in
 ``FOLDER/defaults.journal``, so the same command goes on after an interruption, and several of them
 share the work. ``defaults.csv`` lists all trials.
 """
@@ -46,12 +48,20 @@ benchmarks' own: ten for the digits, else one. The parts differ, so that experie
 steps and of many: what learns fast enough in the former forgets too much in the latter."""
 
 
-FORMER = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
-"""The defaults before this search."""
+FORMER: Hyper = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
+"""The library's defaults before this search."""
 
 
-def search_defaults(trials: int, folder: Path, data_root: Path | None = None) -> None:
+def search_defaults(
+    trials: int, folder: Path, data_root: Path | None = None, first: Sequence[Hyper] = ()
+) -> None:
     """Search until there are so many trials in the folder, and print the best.
+
+    Args:
+        trials: their number.
+        folder: keeps them.
+        data_root: see :func:`experiments.benchmarks.make_benchmark`.
+        first: what a new search tries first. Default: :data:`FORMER` and the searched settings.
 
     Raises:
         UserError: the data is missing, or the folder holds another search.
@@ -62,7 +72,7 @@ def search_defaults(trials: int, folder: Path, data_root: Path | None = None) ->
         raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
     study.set_user_attr("places", PLACES)
     if not study.trials:
-        for hyper in (FORMER, *_searched()):
+        for hyper in first or (FORMER, *_searched()):
             names = ("lr", "epsilon", "power") + ("threshold",) * (hyper["threshold"] > 0)
             sparse = {"sparse": hyper["threshold"] > 0}
             study.enqueue_trial(sparse | {name: hyper[name] for name in names})
@@ -143,16 +153,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = script_parser("experiments.defaults", __doc__)
     parser.add_argument("--trials", type=int, default=40, help="default: %(default)s")
+    parser.add_argument(
+        "--try",
+        dest="first",
+        nargs=3,
+        action="append",
+        default=[],
+        type=float,
+        metavar=("LR", "EPSILON", "POWER"),
+        help="what a new search tries first, with threshold 0; may be given several times",
+    )
     parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
     if options.trials < 1:
         parser.error(f"--trials must be at least 1, got {options.trials}")
 
+    first: list[Hyper] = [
+        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
+        for lr, epsilon, power in options.first
+    ]
+
     def work() -> None:
         for name in PLACES:
             require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
-        search_defaults(options.trials, options.output, options.data_root)
+        search_defaults(options.trials, options.output, options.data_root, first)
 
     return exit_code(work)
 

@@ -154,6 +154,8 @@ def search(
 
     With ``finalists`` the best trials are run with more seeds, and the best mean over all their
     seeds is chosen: a setting that trains well with one seed and fails with another is found out.
+    They train on all of the data; where the trials had a part of it, the mean is of these runs
+    alone, since a part can rank settings otherwise.
 
     Args:
         benchmark: the benchmark's name.
@@ -323,7 +325,7 @@ def _run_finalists(
     """Run the best trials with more seeds.
 
     What is done is kept in the study's ``finalists``: by number of the trial, the accuracies with
-    the additional seeds, 0 where one diverged.
+    the additional seeds and all of the data, 0 where one diverged.
     """
     tuning_seeds = study.user_attrs["arguments"]["tuning_seeds"]
     known: dict[str, list[float]] = study.user_attrs.get("finalists", {})
@@ -335,7 +337,7 @@ def _run_finalists(
             if len(values) > i:
                 continue
             epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
-            config = config_of(study, epochs, hyper, tuning_seeds + i)
+            config = config_of(study, epochs, hyper, tuning_seeds + i, train_share=1.0)
             try:
                 values.append(run(config, data_root)["average_accuracy"])
             except DivergedError:
@@ -421,9 +423,10 @@ def _best(study: optuna.Study, batch_size: int) -> Setting:
 def _with_all_seeds(study: optuna.Study) -> dict[int, float]:
     """Return the finalists' mean accuracy over all their seeds, by number of the trial."""
     finalists: dict[str, list[float]] = study.user_attrs.get("finalists", {})
-    seeds = study.user_attrs["arguments"]["tuning_seeds"]
+    arguments = study.user_attrs["arguments"]
+    seeds = arguments["tuning_seeds"] if arguments["train_share"] == 1 else 0
     return {
-        trial.number: (seeds * trial.value + sum(more)) / (seeds + len(more))
+        trial.number: (seeds * (trial.value or 0.0) + sum(more)) / (seeds + len(more))
         for trial in study.trials
         if (more := finalists.get(str(trial.number)))
     }

@@ -699,6 +699,26 @@ def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path
     assert {row["all_seeds"] for lr, row in rows.items() if lr not in lrs[:2]} == {""}
 
 
+def test_finalists_have_all_of_the_data_and_are_judged_by_it_alone(tmp_path, monkeypatch):
+    """With a part of it a faster rate is better."""
+
+    def fake_run(config, root, judge=None):
+        lr = config.hyper["lr"]
+        return {"average_accuracy": _fake_accuracy(lr if config.train_share == 1 else lr / 10)}
+
+    monkeypatch.setattr("experiments.search.run", fake_run)
+    monkeypatch.setattr("experiments.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    words = ["split-digits", "class", ["naive"], tmp_path, 6, 1, (1,), 32]
+    chosen = search(*words, train_share=0.5, finalists=6, finalist_seeds=1)
+    with open(tmp_path / "trials.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rates = [json.loads(row["hyper"])["lr"] for row in rows]
+    assert chosen["naive"].hyper["lr"] == max(rates, key=_fake_accuracy)
+    assert chosen["naive"].hyper["lr"] != max(rates, key=lambda lr: _fake_accuracy(lr / 10))
+    for rate, row in zip(rates, rows, strict=True):
+        assert float(row["all_seeds"]) == pytest.approx(_fake_accuracy(rate), abs=1e-6)
+
+
 def _fake_accuracy(lr):
     return 1 / (1 + abs(math.log10(lr) + 2))
 
