@@ -222,6 +222,65 @@ def _matrix(axes: Axes, matrix: np.ndarray) -> Any:
     return image
 
 
+def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the accuracy over each hyper-parameter: a line of panels for each method.
+
+    A dotted line is at the searched value, and a value with which no run ended is a cross.
+
+    Args:
+        rows: as :func:`experiments.sensitivity.measure` returns them.
+        title: stands over the figure.
+
+    Returns:
+        The bytes of a PNG file.
+    """
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        panels.setdefault(row["method"], {}).setdefault(row["key"], []).append(row)
+    columns = max(map(len, panels.values()))
+    with style.context("default"):
+        figure = _new_figure(max(2.3 * columns + 1, 6), 2.4 * len(panels) + 0.9)
+        grid = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
+        for line, (method, own) in zip(grid, panels.items(), strict=True):
+            for axes, (key, values) in zip(line, own.items(), strict=False):
+                _sensitivity(axes, values)
+                axes.set_xlabel(key, fontsize=9)
+            for axes in line[len(own) :]:
+                axes.axis("off")
+            line[0].set_ylabel(f"{method}\naverage accuracy, %", fontsize=9)
+        seeds = _with_intervals(_seeds([row for row in rows if row["searched"]]))
+        figure.suptitle(f"{title}: one varied, the others as searched\n{seeds}", fontsize=11)
+    return _png(figure)
+
+
+def _sensitivity(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw a panel; the values stand at equal distances."""
+    colour, marker = _STYLES.get(rows[0]["method"], _OTHER_STYLE)
+    measured = [(i, row) for i, row in enumerate(rows) if row["n"]]
+    axes.errorbar(
+        [i for i, _ in measured],
+        [row["average_accuracy"] for _, row in measured],
+        np.nan_to_num([row["average_accuracy_ci95"] for _, row in measured]),
+        color=colour,
+        marker=marker,
+        lw=1.2,
+        elinewidth=1,
+        capsize=2,
+    )
+    for i, row in enumerate(rows):
+        if not row["n"]:
+            axes.plot(i, 0.03, "x", color="black", transform=axes.get_xaxis_transform())
+        elif row["searched"]:
+            axes.axvline(i, color="black", lw=0.8, ls=":")
+    values = [row["value"] for row in rows]
+    labels = [str(value) if isinstance(value, bool) else f"{value:.2g}" for value in values]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xlim(-0.4, len(rows) - 0.6)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+
+
 def accuracy_matrix_figure(matrix: Sequence[Sequence[float]]) -> Figure:
     """Draw one run's accuracy matrix.
 

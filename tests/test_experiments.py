@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from avalanche_classp import CLASSP
-from experiments import defaults, share
+from experiments import defaults, sensitivity, share
 from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.cli import main
 from experiments.config import RunConfig, parse_value
@@ -738,6 +738,43 @@ def test_a_judge_is_told_the_mean_accuracy_so_far():
     assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
     assert all(0 <= accuracy <= 1 for _, accuracy in told)
     assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]
+
+
+def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sensitivity, "RATES", (0.5, 1e9))
+    words = ["--benchmark", "split-digits", "--scenario", "domain", "--methods", "naive", "ewc"]
+    words += ["--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sensitivity, "FACTORS", (1e-30,))
+    assert sensitivity.main(words) == 0
+    searched = searched_setting("split-digits", "domain", "ewc").hyper
+    with open(tmp_path / "sensitivity.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["key"], row["searched"], row["n"]) for row in rows] == [
+        ("naive", "lr", "False", "2"),
+        ("naive", "lr", "True", "2"),
+        ("naive", "lr", "False", "0"),
+        ("ewc", "ewc_lambda", "False", "2"),
+        ("ewc", "ewc_lambda", "True", "2"),
+        ("ewc", "lr", "False", "2"),
+        ("ewc", "lr", "True", "2"),
+        ("ewc", "lr", "False", "0"),
+    ]
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()]
+    assert len(runs) == 2 * 7  # ewc's searched setting ran once
+    without_penalty = [
+        100 * result["average_accuracy"]
+        for result in runs
+        if result["config"]["hyper"].get("ewc_lambda", 1) < 1e-20
+    ]
+    assert len(without_penalty) == 2
+    assert float(rows[3]["value"]) == pytest.approx(1e-30 * searched["ewc_lambda"], rel=1e-5)
+    assert float(rows[3]["average_accuracy"]) == pytest.approx(sum(without_penalty) / 2, rel=1e-5)
+    difference = float(rows[3]["average_accuracy"]) - float(rows[4]["average_accuracy"])
+    assert float(rows[3]["difference"]) == pytest.approx(difference, abs=1e-3)
+    assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert "diverges" in capsys.readouterr().out
+    assert sensitivity.main([*words[:4], "--methods", "rwalk", "--output", str(tmp_path)]) == 2
+    assert "nothing was searched for rwalk on split-digits" in capsys.readouterr().err
 
 
 def test_trials_of_a_part_are_run_again_with_all_data(tmp_path, capsys):
