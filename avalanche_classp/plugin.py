@@ -48,7 +48,8 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     Args:
         lr: for every parameter group, also those with an lr of their own. Default (None): each
-            group keeps the lr of the optimizer that is replaced.
+            group keeps the lr of the optimizer that is replaced; what is right for SGD is mostly
+            too much here, see :class:`~avalanche_classp.CLASSPOptimizer`.
         threshold: for every group that does not name it itself, as all that follow. Default
             (None): CLASSPOptimizer's default, as all that follow.
         epsilon: see :class:`~avalanche_classp.CLASSPOptimizer`.
@@ -98,7 +99,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         strategy = Naive(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
-            plugins=[CLASSPPlugin(threshold=1e-6)],
+            plugins=[CLASSPPlugin(lr=1e-3, threshold=1e-6)],
         )
 
     Source: https://arxiv.org/abs/2405.09637, the pseudo-code for the rule and the vision experiment

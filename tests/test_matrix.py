@@ -188,7 +188,7 @@ def test_steps_do_not_depend_on_the_scale_of_gradients(power):
 
 def test_the_threshold_stops_weights_and_history():
     w = nn.Parameter(torch.ones(2, 3))
-    optimizer = CLASSPOptimizer([w], lr=0.1, threshold=0.25, rank=3)
+    optimizer = CLASSPOptimizer([w], lr=0.1, threshold=0.25, power=1.0, rank=3)
     w.grad = torch.tensor([[1.0, 0.5, -0.2], [0.1, -0.7, 0.0]])
     optimizer.step()
     moved = w.detach() != 1

@@ -149,7 +149,7 @@ def test_threshold_is_strict_and_exact_to_the_last_bit(dtype, threshold):
     root = torch.tensor(math.sqrt(threshold), dtype=dtype).view(integer)
     g = (root + torch.arange(-3, 4)).clamp(min=0).to(integer).view(dtype)
     g = torch.cat([g, -g])
-    w, a = run(torch.zeros_like(g), [g], lr=1.0, threshold=threshold, epsilon=0.0)[-1]
+    w, a = run(torch.zeros_like(g), [g], lr=1.0, threshold=threshold, epsilon=0.0, power=1.0)[-1]
     moves = torch.tensor([Fraction(x) ** 2 > Fraction(threshold) for x in g.tolist()])
     assert_same(a, torch.where(moves, g.abs().to(a.dtype), 0.0))
     assert_same(w, torch.where(moves, -g.sign(), 0.0))
@@ -231,7 +231,7 @@ def test_with_power_1_the_whole_travel_is_bounded_by_a_logarithm(grads, epsilon,
     """Both ends of the logarithm include epsilon: A_start = epsilon + the first |g| let through."""
     series = torch.tensor(grads, dtype=torch.float64)
     start = torch.zeros_like(series[0])
-    history = run(start, series, lr=0.3, epsilon=epsilon, threshold=threshold)
+    history = run(start, series, lr=0.3, epsilon=epsilon, threshold=threshold, power=1.0)
     travel = sum(abs(b - a).item() for (a, _), (b, _) in itertools.pairwise([(start, 0), *history]))
     totals = [epsilon + a.item() for _, a in history if a > 0]
     bound = 0.3 * (1 + math.log(totals[-1] / totals[0])) if totals else 0.0
@@ -697,7 +697,7 @@ def test_wrong_value_raises_naming_the_argument_and_the_value(name, value, place
 @parametrize("fused", [None, False])
 def test_a_float32_accumulator_stops_at_2_to_the_24_and_its_weight_with_it(dtype, goes_on, fused):
     p = Parameter(torch.full((3,), 0.5, dtype=dtype))
-    opt = CLASSPOptimizer([p], lr=0.01, fused=fused)
+    opt = CLASSPOptimizer([p], lr=0.01, power=1.0, fused=fused)
     p.grad = torch.ones_like(p)
     opt.step()
     opt.state[p]["accumulator"].fill_(2**24 - 2)

@@ -505,7 +505,7 @@ def test_a_phase_sets_every_hyperparameter(tiny):
     phase = {"lr": 0.3, "threshold": 1e-3, "epsilon": 0.2, "power": 2.0, "apply_decay": False}
     watch, log = record(*phase)
     fit(naive(linear_head(), CLASSPPlugin(phases=[{}, phase]), watch), tiny.train_stream[:2])
-    assert log == [(0.1, 0.0, 1e-4, 1.0, True), (0.3, 1e-3, 0.2, 2.0, False)]
+    assert log == [(0.1, 0.0, 1e-8, 1.5, True), (0.3, 1e-3, 0.2, 2.0, False)]
 
 
 def test_phases_work_on_a_classp_optimizer(tiny):
@@ -514,7 +514,7 @@ def test_phases_work_on_a_classp_optimizer(tiny):
     plugin = CLASSPPlugin(phases=[{"threshold": 0.25}, {"power": 2.0}])
     optimizer = classp_over(model, threshold=0.125)
     fit(naive(model, plugin, watch, optimizer=optimizer), tiny.train_stream[:2])
-    assert log == [(0.25, 1.0), (0.125, 2.0)]
+    assert log == [(0.25, 1.5), (0.125, 2.0)]
 
 
 def test_the_papers_phases_are_sgd_steps_above_a_threshold_then_decay_without_one(tiny):

@@ -38,7 +38,7 @@ def test_the_examples_run_as_printed(capsys, tmp_path, monkeypatch):
     names["strategy"].plugins[0].take_over(names["strategy"])
     (group,) = names["strategy"].optimizer.param_groups
     assert isinstance(names["strategy"].optimizer, CLASSPOptimizer)
-    assert (group["lr"], group["threshold"]) == (0.01, 1e-6)
+    assert (group["lr"], group["threshold"]) == (1e-3, 1e-6)
 
 
 @pytest.mark.skipif(
