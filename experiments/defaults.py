@@ -18,13 +18,14 @@ import csv
 import io
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
-from optuna.trial import Trial
+from optuna.trial import FixedTrial, Trial
 from tqdm import tqdm
 
 from experiments.arguments import script_parser
@@ -64,18 +65,18 @@ def search_defaults(
         first: what a new search tries first. Default: :data:`FORMER` and the searched settings.
 
     Raises:
-        UserError: the data is missing, or the folder holds another search.
+        UserError: the data is missing, the folder holds another search, or a value in ``first`` is
+            none that the search could suggest.
     """
+    enqueued = [_parameters(hyper) for hyper in first or (FORMER, *_searched())]
     make_folder(folder)
     study = open_study("defaults", folder, known=())
     if study.user_attrs.get("places", PLACES) != PLACES:
         raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
     study.set_user_attr("places", PLACES)
     if not study.trials:
-        for hyper in first or (FORMER, *_searched()):
-            names = ("lr", "epsilon", "power") + ("threshold",) * (hyper["threshold"] > 0)
-            sparse = {"sparse": hyper["threshold"] > 0}
-            study.enqueue_trial(sparse | {name: hyper[name] for name in names})
+        for parameters in enqueued:
+            study.enqueue_trial(parameters)
     with tqdm(total=trials, unit="trial", desc="search defaults") as bar:
         while (done := len(ended_trials(study))) < trials:
             bar.update(done - bar.n)
@@ -85,6 +86,19 @@ def search_defaults(
     write_atomically(folder / "defaults.csv", _trials_csv(study))
     best = study.best_trial
     print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+
+
+def _parameters(hyper: Hyper) -> dict[str, Any]:
+    """Return what the space's suggestions would have to be."""
+    names = ("lr", "epsilon", "power") + ("threshold",) * (hyper["threshold"] > 0)
+    parameters = {"sparse": hyper["threshold"] > 0} | {name: hyper[name] for name in names}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rule_space(FixedTrial(parameters))
+    except (ValueError, UserWarning) as error:
+        raise UserError(f"{parameters} is outside of what is searched ({error})") from None
+    return parameters
 
 
 def _searched() -> Iterator[Hyper]:

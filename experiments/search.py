@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import Trial, TrialState
+from optuna.trial import BaseTrial, Trial, TrialState
 from tqdm import tqdm
 
 from experiments.benchmarks import require_data
@@ -30,7 +30,7 @@ FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
 
 
-def rule_space(trial: Trial) -> dict[str, Any]:
+def rule_space(trial: BaseTrial) -> dict[str, Any]:
     """Suggest CLASSP's own hyper-parameters."""
     return {
         "lr": _log(trial, "lr", 1e-4, 0.3),
@@ -119,11 +119,11 @@ limits; the rank is not searched, for the same reason as the buffer."""
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 
 
-def _log(trial: Trial, name: str, low: float, high: float) -> float:
+def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
     return trial.suggest_float(name, low, high, log=True)
 
 
-def _flag(trial: Trial, name: str) -> bool:
+def _flag(trial: BaseTrial, name: str) -> bool:
     return trial.suggest_categorical(name, [False, True])
 
 

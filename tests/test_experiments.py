@@ -858,3 +858,11 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
     with pytest.raises(SystemExit):
         defaults.main([*words, "--trials", "0"])
     assert "--trials must be at least 1, got 0" in capsys.readouterr().err
+    words = ["--output", str(tmp_path / "tried"), "--trials", "1", "--try"]
+    for lr in ("-1", "nan", "1"):
+        assert defaults.main([*words, lr, "1e-8", "1.5"]) == 2
+        assert "outside of what is searched" in capsys.readouterr().err
+    assert not (tmp_path / "tried").exists()
+    assert defaults.main([*words, "1e-3", "1e-8", "1.5"]) == 0
+    tried = json.loads(capsys.readouterr().out.split(" ", 1)[1])
+    assert tried == {"lr": 1e-3, "threshold": 0.0, "epsilon": 1e-8, "power": 1.5}
