@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
-from experiments.errors import UserError, print_error
+from experiments.errors import UserError, print_error, print_interrupted
 
 if TYPE_CHECKING:
     from experiments.benchmarks import Benchmark
@@ -66,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output_that_nobody_takes()
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted: finished runs are saved, the same command goes on from there",
-            file=sys.stderr,
-        )
+        print_interrupted()
         return 130
 
 

@@ -24,11 +24,25 @@ def print_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
+def print_interrupted() -> None:
+    """Say on standard error that Ctrl-C has lost nothing."""
+    print(
+        "interrupted: finished runs are saved, the same command goes on from there",
+        file=sys.stderr,
+    )
+
+
 def exit_code(work: Callable[[], None]) -> int:
-    """Do a script's work and return 0, or 2 for what the user can put right, which is printed."""
+    """Do a script's work and return 0, or 2 for what the user can put right, which is printed.
+
+    After Ctrl-C it is 130.
+    """
     try:
         work()
     except UserError as error:
         print_error(str(error))
         return 2
+    except KeyboardInterrupt:
+        print_interrupted()
+        return 130
     return 0

@@ -42,7 +42,6 @@ STEPS = (-0.5, -0.25, 0.25, 0.5)
 THRESHOLDS = (1e-8, 1e-6, 1e-4)
 """What is tried where the search chose 0."""
 
-
 COLUMNS = (
     "method",
     "key",
@@ -132,8 +131,8 @@ def measure(
         row = {"method": method, "key": key, "value": value, "searched": group == searched}
         rows.append(row | {"n": len(pairs)})
         if pairs:
-            accuracy = mean_interval([value for value, _ in pairs])
-            difference = mean_interval([value - own for value, own in pairs])
+            accuracy = mean_interval([varied for varied, _ in pairs])
+            difference = mean_interval([varied - own for varied, own in pairs])
             rows[-1] |= dict(zip(COLUMNS[5:], (*accuracy, *difference), strict=True))
         elif row["searched"]:
             raise UserError(f"no run of {method} with its searched setting ended; see {folder}")
@@ -160,7 +159,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         own = [row for row in rows if (row["method"], row["key"]) == (method, key)]
         cells = [
             f"{_shown(row['value'])}{'*' * row['searched']}: "
-            + (f"{row['average_accuracy']:.1f}" if row["n"] else "diverges")
+            + (f"{row['average_accuracy']:.1f}" if row["n"] else "no run ended")
             for row in own
         ]
         lines.append(f"{method}, {key}: {', '.join(cells)}")

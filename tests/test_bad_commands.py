@@ -26,6 +26,7 @@ from small_data import small_config, write_cifar, write_mnist
 
 from experiments import compare, report, search, settings
 from experiments.cli import main
+from experiments.errors import exit_code
 from experiments.resultfiles import Results
 from experiments.run import run
 
@@ -658,3 +659,11 @@ def test_output_that_nobody_takes_is_one_line_at_most():
             assert error.startswith("error: ")
             assert message in error
             assert error.count("\n") == 1
+
+
+def test_a_script_that_is_interrupted_says_that_nothing_is_lost(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert exit_code(work) == 130
+    assert capsys.readouterr().err.startswith("interrupted: finished runs are saved")
