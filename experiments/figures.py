@@ -248,6 +248,7 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
             for axes in line[len(own) :]:
                 axes.axis("off")
             line[0].set_ylabel(f"{method}\naverage accuracy, %", fontsize=9)
+            _limit_accuracy(line[0])  # and with it the others'
         seeds = _with_intervals(_seeds([row for row in rows if row["searched"]]))
         figure.suptitle(f"{title}: one varied, the others as searched\n{seeds}", fontsize=11)
     return _png(figure)
@@ -273,12 +274,15 @@ def _sensitivity(axes: Axes, rows: Sequence[Row]) -> None:
         elif row["searched"]:
             axes.axvline(i, color="black", lw=0.8, ls=":")
     values = [row["value"] for row in rows]
-    labels = [str(value) if isinstance(value, bool) else f"{value:.2g}" for value in values]
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    axes.set_xticks(range(len(rows)), [_short(value) for value in values])
     axes.set_xlim(-0.4, len(rows) - 0.6)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    _limit_accuracy(axes)
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, bool) else f"{value:.2g}"
+    return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def accuracy_matrix_figure(matrix: Sequence[Sequence[float]]) -> Figure:
