@@ -1,7 +1,9 @@
 """What the README and the results' README promise."""
 
+import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from avalanche.benchmarks.datasets import default_dataset_location
 
 from avalanche_classp import CLASSPOptimizer
+from experiments import sensitivity
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.overview import overview
@@ -20,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "experiments" / "results"
 COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/runs"))
-ABLATIONS = sorted(folder.parent for folder in RESULTS.glob("ablation/*/runs"))
+ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
+SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
@@ -90,6 +94,19 @@ def test_published_tables_follow_from_the_result_files(folder):
     page = (folder / "table.md").read_text(encoding="utf-8")
     assert table in page
     assert re.search(r"Made by `python -m experiments compare .*`", page)
+
+
+@pytest.mark.parametrize("folder", SENSITIVITIES, ids=lambda folder: folder.name)
+def test_published_sensitivities_follow_from_the_result_files(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    published = (copy / "sensitivity.csv").read_text(encoding="utf-8")
+    methods = dict.fromkeys(row["method"] for row in csv.DictReader(published.splitlines()))
+    config = Results(copy).load()[0]["config"]
+    assert not config["validation"]
+    place = ["--benchmark", config["benchmark"], "--scenario", config["scenario"]]
+    assert sensitivity.main([*place, "--methods", *methods, "--output", str(copy)]) == 0
+    assert (copy / "sensitivity.csv").read_text(encoding="utf-8") == published
+    assert len(list((copy / "runs").iterdir())) == len(list((folder / "runs").iterdir()))
 
 
 def test_the_readme_shows_the_main_tables():
