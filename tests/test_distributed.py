@@ -238,7 +238,7 @@ def hybrid(rank):
 def partial_gradient(mesh, rank):
     """A gradient that is a sum still to be made, as tensor parallelism leaves some."""
     p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-    optimizer = CLASSPOptimizer([p], lr=0.1, epsilon=1.0, threshold=0.0)
+    optimizer = CLASSPOptimizer([p], lr=0.1, epsilon=1.0, power=1.0)
     p.grad = DTensor.from_local(torch.full((4,), 0.5 + rank), mesh, [Partial()])
     optimizer.step()
     return p.to_local().detach().tolist()
