@@ -66,7 +66,8 @@ def results():
 
 def test_a_run_equals_a_plain_avalanche_script():
     """No code of the experiments but the numbers in the config: the accuracy matrix is the same."""
-    hyper = {**METHODS["classp"].defaults, "lr": 0.003, "threshold": 1e-6, "power": 1.5}
+    own = {"lr": 0.003, "threshold": 1e-6, "epsilon": 1e-4, "power": 1.5}
+    hyper = {**METHODS["classp"].defaults, **own}
     ours = run(small_config(hyper=hyper, epochs=2, seed=3))
 
     torch.manual_seed(3)

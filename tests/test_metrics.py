@@ -218,7 +218,7 @@ def test_without_decay_all_weights_stay_free(tiny):
 
 
 def test_with_epsilon_0_a_weight_is_free_until_its_first_update(tiny):
-    strategy = classp(linear_head(), classp_metrics(experience=True), epsilon=0.0, threshold=1e-4)
+    strategy = classp(linear_head(), classp_metrics(experience=True), epsilon=0.0, threshold=1e-3)
     fit(strategy, tiny.train_stream[:1])
     A = [strategy.optimizer.state[p]["accumulator"] for p in strategy.model.parameters()]
     untouched = sum((a == 0).sum().item() for a in A) / sum(a.numel() for a in A)
