@@ -61,8 +61,11 @@ class Results:
         """Return the run's TensorBoard log directory."""
         return self.folder / "tensorboard" / f"{config.method}-{config.seed}-{_digest(config)}"
 
-    def load(self) -> list[dict[str, Any]]:
+    def by_key(self) -> dict[str, dict[str, Any]]:
         """Read all result files, failures included, in the order of their names.
+
+        Returns:
+            The results, each under its config's :meth:`~experiments.config.RunConfig.key`.
 
         Raises:
             UserError: a file is not a result file of this version, or two are of the same run; they
@@ -76,15 +79,19 @@ class Results:
             if key in paths:
                 raise UserError(f"{paths[key]} and {path} hold the same run; move one of them away")
             paths[key], results[key] = path, result
-        return list(results.values())
+        return results
+
+    def load(self) -> list[dict[str, Any]]:
+        """Return the results of :meth:`by_key` as a list."""
+        return list(self.by_key().values())
 
     def finished(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
         """Return the results of these configs, as far as they are there and no failures."""
         wanted = {config.key() for config in configs}
         return [
             result
-            for result in self.load()
-            if "error" not in result and RunConfig.from_dict(result["config"]).key() in wanted
+            for key, result in self.by_key().items()
+            if "error" not in result and key in wanted
         ]
 
 

@@ -117,25 +117,30 @@ def measure(
     configs = [config for group in groups.values() for config in group]
     run_all(configs, results, data_root, jobs, count_steps, command)
     found = {
-        RunConfig.from_dict(result["config"]).key(): 100 * result["average_accuracy"]
-        for result in results.finished(configs)
+        key: 100 * result["average_accuracy"]
+        for key, result in results.by_key().items()
+        if "error" not in result
+    }
+    searched = {
+        method: [make_config(benchmark, scenario, method, seed) for seed in range(seeds)]
+        for method in methods
     }
     rows = []
     for (method, key, value), group in groups.items():
-        searched = [make_config(benchmark, scenario, method, seed) for seed in range(seeds)]
         pairs = [
             (found[config.key()], found[own.key()])
-            for config, own in zip(group, searched, strict=True)
+            for config, own in zip(group, searched[method], strict=True)
             if config.key() in found and own.key() in found
         ]
-        row = {"method": method, "key": key, "value": value, "searched": group == searched}
-        rows.append(row | {"n": len(pairs)})
+        row = {"method": method, "key": key, "value": value, "searched": group == searched[method]}
+        row["n"] = len(pairs)
         if pairs:
             accuracy = mean_interval([varied for varied, _ in pairs])
             difference = mean_interval([varied - own for varied, own in pairs])
-            rows[-1] |= dict(zip(COLUMNS[5:], (*accuracy, *difference), strict=True))
+            row |= dict(zip(COLUMNS[5:], (*accuracy, *difference), strict=True))
         elif row["searched"]:
             raise UserError(f"no run of {method} with its searched setting ended; see {folder}")
+        rows.append(row)
     return rows
 
 

@@ -63,10 +63,7 @@ def compare_shares(
             trials[method, trial.number] = (trial.value or 0.0, configs)
     results = Results(folder / "share")
     run_all([c for _, configs in trials.values() for c in configs], results, data_root, jobs)
-    found = {
-        RunConfig.from_dict(result["config"]).key(): result.get("average_accuracy", 0.0)
-        for result in results.load()
-    }
+    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
     return [
         {
             "method": method,
