@@ -71,7 +71,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--seeds",
-        type=_seeds,
+        type=seed_count,
         default=3,
         metavar="N",
         help="seeds 0 to N-1 for each method (default: 3)",
@@ -123,14 +123,14 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all")
     what.add_argument(
         "--trials",
-        type=_positive,
+        type=positive,
         default=30,
         metavar="N",
         help="trials for each method (default: 30)",
     )
     what.add_argument(
         "--tuning-seeds",
-        type=_positive,
+        type=positive,
         default=2,
         metavar="N",
         help="seeds that each trial is run with (default: 2)",
@@ -145,7 +145,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--finalist-seeds",
-        type=_positive,
+        type=positive,
         default=3,
         metavar="N",
         help="with so many more (default: 3)",
@@ -159,7 +159,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="of every trial (default: the benchmark's usual one)",
     )
@@ -221,7 +221,7 @@ def _what_to_run(parser: argparse.ArgumentParser) -> Any:
     )
     group.add_argument("--model", metavar="NAME", help="default: the benchmark's usual one")
     group.add_argument(
-        "--experiences", type=_positive, metavar="N", help="default: the benchmark's usual number"
+        "--experiences", type=positive, metavar="N", help="default: the benchmark's usual number"
     )
     return group
 
@@ -234,7 +234,7 @@ def _settings(group: Any, form: str) -> None:
         help="of each experience, the last number for all that follow (default: as searched, else "
         "the benchmark's)",
     )
-    group.add_argument("--batch-size", type=_positive, metavar="N", help="default: likewise")
+    group.add_argument("--batch-size", type=positive, metavar="N", help="default: likewise")
     group.add_argument(
         "--set",
         action="append",
@@ -281,12 +281,12 @@ def _tensorboard(group: Any) -> None:
 
 def _jobs(group: Any, what: str) -> None:
     group.add_argument(
-        "--jobs", type=_positive, metavar="N", help=f"{what} (default: as many as cores)"
+        "--jobs", type=positive, metavar="N", help=f"{what} (default: as many as cores)"
     )
 
 
 def _epochs(text: str) -> int | tuple[int, ...]:
-    numbers = tuple(_positive(number) for number in text.split(","))
+    numbers = tuple(positive(number) for number in text.split(","))
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -296,14 +296,16 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _seeds(text: str) -> int:
-    number = _positive(text)
+def seed_count(text: str) -> int:
+    """Read a number of seeds, for argparse."""
+    number = positive(text)
     if number > MOST_SEEDS:
         raise argparse.ArgumentTypeError(f"must be at most {MOST_SEEDS}, got {text}")
     return number
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
     return _whole(text, 1)
 
 

@@ -28,7 +28,7 @@ import optuna
 from optuna.trial import FixedTrial, Trial
 from tqdm import tqdm
 
-from experiments.arguments import script_parser
+from experiments.arguments import positive, script_parser
 from experiments.benchmarks import BENCHMARKS, require_data
 from experiments.config import Hyper
 from experiments.errors import DivergedError, UserError, exit_code
@@ -166,7 +166,7 @@ def _trials_csv(study: optuna.Study) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = script_parser("experiments.defaults", __doc__)
-    parser.add_argument("--trials", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--trials", type=positive, default=40, help="default: %(default)s")
     parser.add_argument(
         "--try",
         dest="first",
@@ -180,8 +180,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
-    if options.trials < 1:
-        parser.error(f"--trials must be at least 1, got {options.trials}")
 
     first: list[Hyper] = [
         {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.arguments import script_parser
+from experiments.arguments import positive, script_parser, seed_count
 from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.compare import run_all
 from experiments.config import RunConfig
@@ -184,14 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="METHOD",
         help="default: classp classp-matrix",
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=available_cores(), metavar="N")
+    parser.add_argument(
+        "--seeds", type=seed_count, default=5, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--jobs", type=positive, default=available_cores(), metavar="N")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     place = f"{options.benchmark}-{options.scenario}"
     folder = options.output or Path("results") / f"sensitivity-{place}"
     words = sys.argv[1:] if arguments is None else arguments

@@ -23,7 +23,7 @@ from typing import Any
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 
-from experiments.arguments import script_parser
+from experiments.arguments import positive, script_parser
 from experiments.compare import run_all
 from experiments.config import RunConfig
 from experiments.errors import UserError, exit_code
@@ -94,11 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = script_parser("experiments.share", __doc__)
     parser.add_argument("folder", type=Path, help="where the journals of the search are")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    parser.add_argument("--jobs", type=int, default=available_cores(), metavar="N")
+    parser.add_argument("--jobs", type=positive, default=available_cores(), metavar="N")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
 
     def work() -> None:
         rows = compare_shares(options.folder, options.methods, options.jobs, options.data_root)

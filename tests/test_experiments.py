@@ -778,6 +778,25 @@ def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, m
     assert "nothing was searched for rwalk on split-digits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (defaults, "--trials 0"),
+        (sensitivity, "--seeds 0"),
+        (sensitivity, "--seeds 1000000000"),
+        (sensitivity, "--jobs 0"),
+        (share, "folder --methods ewc --jobs 0"),
+    ],
+)
+def test_the_scripts_refuse_a_wrong_number_in_one_line(script, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(words.split())
+    assert error.value.code == 2
+    *_, option, value = words.split()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: must be" in last and last.endswith(f"got {value}")
+
+
 def test_trials_of_a_part_are_run_again_with_all_data(tmp_path, capsys):
     words = ["split-digits", "domain", ["naive"], tmp_path, 3, 1, (1,), 32]
     search(*words, train_share=0.2)
@@ -856,9 +875,6 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
     monkeypatch.setattr(defaults, "PLACES", {"split-digits": {}})
     assert defaults.main([*words, "--trials", "3"]) == 2
     assert "other benchmarks" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        defaults.main([*words, "--trials", "0"])
-    assert "--trials must be at least 1, got 0" in capsys.readouterr().err
     words = ["--output", str(tmp_path / "tried"), "--trials", "1", "--try"]
     for lr in ("-1", "nan", "1"):
         assert defaults.main([*words, lr, "1e-8", "1.5"]) == 2

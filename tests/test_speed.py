@@ -131,7 +131,7 @@ def test_walks_are_the_optimizers(power, draw, monkeypatch):
     ("arguments", "message"),
     [
         (["steps"], "unknown case 'steps'; cases are step,"),
-        (["step", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["step", "--rounds", "0"], "--rounds: must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_give_one_line(arguments, message, capsys):

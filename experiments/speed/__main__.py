@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.arguments import script_parser
+from experiments.arguments import positive, script_parser
 from experiments.speed.growth import measure_growth
 from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
@@ -58,20 +58,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "cases", nargs="*", metavar="CASE", help=f"of {', '.join(ALL_CASES)}; default all"
     )
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=40, help="turns in step (default: %(default)s)"
+        "--pairs", type=positive, default=5, help="pairs of runs (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="torch's (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=40, help="turns in step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=1, help="torch's (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one pair, short streams")
     parser.add_argument("--data-root", type=Path, help="folder of the datasets")
     parser.add_argument("--output", type=Path, help="folder for the growth figure (default: none)")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.cases) - set(ALL_CASES)):
         parser.error(f"unknown case {unknown[0]!r}; cases are {', '.join(ALL_CASES)}")
-    for name in ("pairs", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     return options
 
 
