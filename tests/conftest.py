@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -71,6 +72,8 @@ AVALANCHES_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A script's job in the background ignores it, and so would the programs that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in AVALANCHES_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 
