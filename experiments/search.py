@@ -47,7 +47,7 @@ FEWEST_TO_COMPARE = 8
 def matrix_space(trial: Trial) -> dict[str, Any]:
     """Suggest the hyper-parameters of matrix accumulators."""
     free_rate = _log(trial, "free_rate", 0.01, 1.0)
-    epsilon, power = _log(trial, "epsilon", 1e-4, 5.0), trial.suggest_float("power", 1.0, 2.5)
+    epsilon, power = _log(trial, "epsilon", 1e-4, 5.0), trial.suggest_float("power", 0.5, 2.5)
     return {
         "lr": free_rate * epsilon ** (1 / power),
         "epsilon": epsilon,
