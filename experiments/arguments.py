@@ -79,7 +79,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     _settings(what, "METHOD.KEY=VALUE")
     where = _where(compare)
     _tensorboard(where)
-    _jobs(where, "runs at a time")
+    add_jobs(where, "runs at a time")
     where.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -164,7 +164,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="of every trial (default: the benchmark's usual one)",
     )
     where = _where(search)
-    _jobs(where, "methods at a time")
+    add_jobs(where, "methods at a time")
     where.add_argument(
         "--adopt",
         action="store_true",
@@ -279,7 +279,13 @@ def _tensorboard(group: Any) -> None:
     )
 
 
-def _jobs(group: Any, what: str) -> None:
+def add_jobs(group: Any, what: str) -> None:
+    """Add ``--jobs`` to a parser, or to a group of its options.
+
+    Args:
+        group: the parser or the group.
+        what: what there are so many of at a time.
+    """
     group.add_argument(
         "--jobs", type=positive, metavar="N", help=f"{what} (default: as many as cores)"
     )

@@ -111,7 +111,7 @@ def _compare(options: argparse.Namespace) -> int:
         options.ray_address,
         options.tensorboard,
     )
-    finished = results.finished(configs)
+    finished = list(results.finished(configs).values())
     if finished:
         print(write_report(finished, results.folder, failures))
         print(f"\nreport.html, table.md, table.csv and the figures are in {results.folder}")

@@ -58,7 +58,7 @@ def run_all(
             results cannot be written.
     """
     chosen = make_engine(engine, jobs, ray_address)
-    done = {RunConfig.from_dict(r["config"]).key() for r in results.finished(configs)}
+    done = set(results.finished(configs))
     todo = [c for c in {c.key(): c for c in configs}.values() if c.key() not in done]
     if not todo:
         return []

@@ -85,14 +85,14 @@ class Results:
         """Return the results of :meth:`by_key` as a list."""
         return list(self.by_key().values())
 
-    def finished(self, configs: Iterable[RunConfig]) -> list[dict[str, Any]]:
-        """Return the results of these configs, as far as they are there and no failures."""
+    def finished(self, configs: Iterable[RunConfig]) -> dict[str, dict[str, Any]]:
+        """Return :meth:`by_key` of these configs, as far as they are there and no failures."""
         wanted = {config.key() for config in configs}
-        return [
-            result
+        return {
+            key: result
             for key, result in self.by_key().items()
             if "error" not in result and key in wanted
-        ]
+        }
 
 
 def _digest(config: RunConfig) -> str:

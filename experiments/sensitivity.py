@@ -18,14 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.arguments import positive, script_parser, seed_count
+from experiments.arguments import add_jobs, script_parser, seed_count
 from experiments.benchmarks import BENCHMARKS, SCENARIOS
 from experiments.compare import run_all
 from experiments.config import RunConfig
 from experiments.errors import UserError, exit_code
 from experiments.figures import draw_sensitivity
 from experiments.methods import METHODS, count_steps
-from experiments.processes import available_cores
 from experiments.report import mean_interval
 from experiments.resultfiles import Results, write_atomically
 from experiments.settings import make_config, searched_setting
@@ -97,7 +96,7 @@ def measure(
     methods: Sequence[str],
     seeds: int,
     folder: Path,
-    jobs: int,
+    jobs: int | None = None,
     data_root: Path | None = None,
     command: str = "",
 ) -> list[dict[str, Any]]:
@@ -117,9 +116,7 @@ def measure(
     configs = [config for group in groups.values() for config in group]
     run_all(configs, results, data_root, jobs, count_steps, command)
     found = {
-        key: 100 * result["average_accuracy"]
-        for key, result in results.by_key().items()
-        if "error" not in result
+        key: 100 * result["average_accuracy"] for key, result in results.finished(configs).items()
     }
     searched = {
         method: [make_config(benchmark, scenario, method, seed) for seed in range(seeds)]
@@ -187,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=seed_count, default=5, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--jobs", type=positive, default=available_cores(), metavar="N")
+    add_jobs(parser, "runs at a time")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)

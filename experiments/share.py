@@ -23,17 +23,16 @@ from typing import Any
 from optuna.trial import TrialState
 from scipy.stats import spearmanr
 
-from experiments.arguments import positive, script_parser
+from experiments.arguments import add_jobs, script_parser
 from experiments.compare import run_all
 from experiments.config import RunConfig
 from experiments.errors import UserError, exit_code
-from experiments.processes import available_cores
 from experiments.resultfiles import Results, write_atomically
 from experiments.search import config_of, open_study
 
 
 def compare_shares(
-    folder: Path, methods: Sequence[str], jobs: int, data_root: Path | None = None
+    folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
 ) -> list[dict[str, Any]]:
     """Run the trials again and return, for each, ``method``, ``trial``, ``part`` and ``whole``.
 
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = script_parser("experiments.share", __doc__)
     parser.add_argument("folder", type=Path, help="where the journals of the search are")
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    parser.add_argument("--jobs", type=positive, default=available_cores(), metavar="N")
+    add_jobs(parser, "runs at a time")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
 

@@ -358,7 +358,7 @@ def test_results_are_found_by_their_config_and_not_their_name(tmp_path):
     path.rename(path.with_name("other.json"))
     results.save({"config": small_config("naive", seed=1).as_dict(), "error": "boom"})
     wanted = [small_config("naive", seed=i) for i in range(3)]
-    assert [r["average_accuracy"] for r in results.finished(wanted)] == [0.5]
+    assert [r["average_accuracy"] for r in results.finished(wanted).values()] == [0.5]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}', "\x00"])
@@ -779,22 +779,22 @@ def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "words", "limit"),
     [
-        (defaults, "--trials 0"),
-        (sensitivity, "--seeds 0"),
-        (sensitivity, "--seeds 1000000000"),
-        (sensitivity, "--jobs 0"),
-        (share, "folder --methods ewc --jobs 0"),
+        (defaults, "--trials 0", "a whole number of at least 1"),
+        (sensitivity, "--seeds 0", "a whole number of at least 1"),
+        (sensitivity, "--seeds 1000000000", "at most 10000"),
+        (sensitivity, "--jobs 0", "a whole number of at least 1"),
+        (share, "folder --methods ewc --jobs 0", "a whole number of at least 1"),
     ],
 )
-def test_the_scripts_refuse_a_wrong_number_in_one_line(script, words, capsys):
+def test_the_scripts_refuse_a_wrong_number_in_one_line(script, words, limit, capsys):
     with pytest.raises(SystemExit) as error:
         script.main(words.split())
     assert error.value.code == 2
     *_, option, value = words.split()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument {option}: must be" in last and last.endswith(f"got {value}")
+    assert last.endswith(f"argument {option}: must be {limit}, got {value}")
 
 
 def test_trials_of_a_part_are_run_again_with_all_data(tmp_path, capsys):

@@ -154,7 +154,7 @@ def test_directories_come_back_from_other_machines(tmp_path, monkeypatch):
     stale.write_bytes(b"")
     assert run_all([config], results, engine="ray", tensorboard=True) == []
     assert not stale.exists()
-    (result,) = results.finished([config])
+    (result,) = results.finished([config]).values()
     assert "logs" not in result
     final = last(read(results.logs(config)), "Final/average_accuracy")
     assert final == pytest.approx(result["average_accuracy"])
