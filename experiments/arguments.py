@@ -163,6 +163,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         metavar="N",
         help="of every trial (default: the benchmark's usual one)",
     )
+    add_device(what)
     where = _where(search)
     add_jobs(where, "methods at a time")
     where.add_argument(
@@ -243,7 +244,7 @@ def _settings(group: Any, form: str) -> None:
         dest="overrides",
         help="a hyper-parameter; may be repeated",
     )
-    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    add_device(group)
 
 
 def _where(parser: argparse.ArgumentParser) -> Any:
@@ -277,6 +278,11 @@ def _tensorboard(group: Any) -> None:
         help="write a log directory for each run, to look at with `tensorboard --logdir "
         "FOLDER/tensorboard` (default: yes)",
     )
+
+
+def add_device(group: Any) -> None:
+    """Add ``--device`` to a parser, or to a group of its options."""
+    group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 
 def add_jobs(group: Any, what: str) -> None:

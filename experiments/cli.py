@@ -152,10 +152,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _search(options: argparse.Namespace) -> int:
     from experiments.processes import available_cores
+    from experiments.run import find_device
     from experiments.search import search
     from experiments.settings import adopt
 
     spec = _benchmark(options)
+    find_device(options.device)
+    # A journal says what its trials were run with, and one of CPU runs names no device.
+    device = {} if options.device == "cpu" else {"device": options.device}
     settings = search(
         options.benchmark,
         options.scenario,
@@ -171,6 +175,7 @@ def _search(options: argparse.Namespace) -> int:
         options.finalists,
         options.finalist_seeds,
         **_given(options, "model", "experiences"),
+        **device,
     )
     for method, setting in settings.items():
         print(method, json.dumps(setting.as_dict()))

@@ -186,7 +186,7 @@ ENDLESS = ("--trials", "--tuning-seeds", "--seeds")
 OPTIONS = {
     "run": ["--method", "--seed", "--epochs", "--batch-size", "--set", "--device"],
     "compare": ["--methods", "--seeds", "--epochs", "--batch-size", "--set", "--device", "--jobs"],
-    "search": ["--methods", "--trials", "--tuning-seeds", "--train-share", "--jobs"],
+    "search": ["--methods", "--trials", "--tuning-seeds", "--train-share", "--jobs", "--device"],
 }
 COMMON = ["--benchmark", "--scenario", "--model", "--experiences", "--config"]
 QUICK = {
@@ -238,6 +238,7 @@ def test_generated_words_are_taken_or_refused(data, folder):
         *("compare --engine x", "compare --set classp=1"),
         *("compare --set .lr=1", "compare --set classp.=1", "run --config a --config b"),
         *("run --device hpu", "run --device privateuseone", "run --device cuda:99"),
+        "search --device cuda:99",
         *("search --train-share nan", "search --train-share 0", "search --train-share -0.1"),
     ],
 )

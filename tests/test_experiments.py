@@ -643,6 +643,21 @@ def test_search_gives_every_method_its_trials_and_goes_on_where_it_stopped(tmp_p
     assert chosen["epochs"] == int(best["epochs"])
 
 
+def test_search_runs_its_trials_on_the_device(tmp_path, monkeypatch):
+    devices = []
+
+    def note(config, *rest, **options):
+        devices.append(config.device)
+        return run(config, *rest, **options)
+
+    monkeypatch.setattr("experiments.search.run", note)
+    monkeypatch.setattr("experiments.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs))
+    words = ["search", "--methods", "naive", "--trials", "2", "--tuning-seeds", "1"]
+    words += ["--output", str(tmp_path), "--train-share", "0.2"]
+    assert main([*words, "--device", "cpu:0", "--finalists", "1", "--finalist-seeds", "1"]) == 0
+    assert devices == ["cpu:0"] * 3
+
+
 def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     """One that is below the median of those that came as far; it counts, and goes on as one."""
     monkeypatch.setattr("experiments.search.FEWEST_TO_COMPARE", 1)

@@ -43,6 +43,18 @@ def test_step_compares_every_way(monkeypatch, capsys):
     assert all(f"  {first} / {second}: " in printed for first, second in step.PAIRS)
 
 
+def test_step_compares_every_way_of_an_accelerator():
+    """Parameters on the meta device have no numbers, but every way there is must be made."""
+    params = list(nn.Linear(4, 3, device="meta").parameters())
+    compared = {name for pair in step.PAIRS_ON_AN_ACCELERATOR for name in pair}
+    assert compared == set(step._contenders(params))
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    assert main(["step", "--quick", "--device", "cuda:99"]) == 2
+    assert capsys.readouterr().err.startswith("error: device 'cuda:99' cannot be used here (")
+
+
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 def test_growth_counts_classps_four_bytes_and_draws(tmp_path, capsys):
     write_mnist(tmp_path)

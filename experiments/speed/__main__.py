@@ -14,6 +14,7 @@ over 10⁸ steps), startup (imports).
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 
 from experiments.arguments import positive, script_parser
+from experiments.errors import exit_code
+from experiments.run import find_device
 from experiments.speed.growth import measure_growth
 from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
@@ -42,15 +45,20 @@ ALL_CASES = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for and print it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for, print it, and return the exit code."""
     options = _parse(arguments)
+    return exit_code(lambda: _measure_all(options))
+
+
+def _measure_all(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
-    print(machine(options.threads), flush=True)
+    device = find_device(options.device)
+    print(machine(options.threads, device), flush=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No loggers specified")
         for case in options.cases or ALL_CASES:
-            _measure(case, options)
+            _measure(case, options, device)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,6 +75,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=positive, default=1, help="torch's (default: %(default)s)"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="of step and matrix; the rest is of a CPU (default: cpu)"
+    )
     parser.add_argument("--quick", action="store_true", help="one pair, short streams")
     parser.add_argument("--data-root", type=Path, help="folder of the datasets")
     parser.add_argument("--output", type=Path, help="folder for the growth figure (default: none)")
@@ -76,13 +87,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measure(case: str, options: argparse.Namespace) -> None:
+def _measure(case: str, options: argparse.Namespace, device: torch.device) -> None:
     pairs = 1 if options.quick else options.pairs
     rounds = 2 if options.quick else options.rounds
     if case == "step":
-        measure_step(rounds)
+        measure_step(rounds, device)
     elif case == "matrix":
-        measure_matrix(rounds)
+        measure_matrix(rounds, device)
     elif case == "startup":
         measure_startup(pairs)
     elif case == "long":
@@ -102,4 +113,4 @@ def _measure(case: str, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

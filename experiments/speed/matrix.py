@@ -27,16 +27,17 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure_matrix(rounds: int) -> None:
+def measure_matrix(rounds: int, device: torch.device) -> None:
     """Print what a whole training step takes: forward, backward, and the optimizer's."""
     print(f"\nA training step, {BATCH_SIZE} samples, n = {rounds}; ratios paired within a round")
     for name, shape in MODELS.items():
-        model = make_model(name, shape, 10, multi_head=False)
-        x, y = torch.rand(BATCH_SIZE, *shape), torch.randint(10, (BATCH_SIZE,))
+        model = make_model(name, shape, 10, multi_head=False).to(device)
+        x = torch.rand(BATCH_SIZE, *shape, device=device)
+        y = torch.randint(10, (BATCH_SIZE,), device=device)
         calls = {"sgd": _step(model, x, y, partial(SGD, lr=1e-3))}
         for way, own in WAYS.items():
             calls[way] = _step(model, x, y, partial(CLASSPOptimizer, lr=1e-3, **own))
-        seconds = in_turn(calls, rounds)
+        seconds = in_turn(calls, rounds, device=device)
         print(f"\n{name}")
         for way, values in seconds.items():
             print(f"  {way:<22} {1e3 * median(values):7.2f} ms")

@@ -9,12 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import torch
 
-def machine(threads: int) -> str:
-    """Return a line on the processor and the versions."""
+CPU = torch.device("cpu")
+
+
+def machine(threads: int, device: torch.device) -> str:
+    """Return a line on the processor, the accelerator if one is used, and the versions."""
     packages = ("torch", "torchvision", "avalanche-lib", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"{_processor()}, {threads} thread(s); Python {platform.python_version()}, {versions}"
+    processor = _processor()
+    if device.type == "cuda":
+        processor += f", {torch.cuda.get_device_name(device)}"
+    return f"{processor}, {threads} thread(s); Python {platform.python_version()}, {versions}"
 
 
 def _processor() -> str:
@@ -27,7 +34,10 @@ def _processor() -> str:
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, calls: int = 3
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 3,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
     """Time each contender in turn, over and over, so that what disturbs one disturbs all.
 
@@ -35,6 +45,7 @@ def in_turn(
         contenders: what to time, by name.
         rounds: how often each has its turn.
         calls: calls in a turn, of which the median counts.
+        device: where they work; a call's time lasts until it is done there.
 
     Returns:
         Seconds of a call, one number for each round.
@@ -46,6 +57,8 @@ def in_turn(
             for _ in range(calls):
                 began = time.perf_counter()
                 call()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 turn.append(time.perf_counter() - began)
             seconds[name].append(median(turn))
     return seconds
