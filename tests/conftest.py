@@ -10,6 +10,7 @@ import math
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,11 +79,29 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def _bad_inputs_tried() -> Counter[str]:
     bad_input = sys.modules.get("bad_input")
-    if bad_input is not None and bad_input.TRIED:
-        each = ", ".join(f"{n} {where}" for where, n in sorted(bad_input.TRIED.items()))
-        terminalreporter.write_line(f"{bad_input.TRIED.total()} bad inputs tried: {each}")
+    return Counter() if bad_input is None else bad_input.TRIED
+
+
+_TRIED_BY_WORKERS: Counter[str] = Counter()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of pytest-xdist's processes
+        session.config.workeroutput["tried"] = dict(_bad_inputs_tried())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _TRIED_BY_WORKERS.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    tried = _bad_inputs_tried() + _TRIED_BY_WORKERS
+    if tried:
+        each = ", ".join(f"{n} {where}" for where, n in sorted(tried.items()))
+        terminalreporter.write_line(f"{tried.total()} bad inputs tried: {each}")
 
 
 def seed_everything(seed: int = 0) -> None:

@@ -121,7 +121,7 @@ def test_phases_of_any_kind_work_or_are_named(phases):
 
 PARAMS = [
     *(None, 5, "x", [], [None], [5], [[]], [{}], [{"lr": 0.1}], [{"params": None}]),
-    *([{"params": 5}], [{"params": [5]}], {"params": [1]}, torch.ones(2), object()),
+    *([{"params": 5}], [{"params": [5]}], {"params": [1]}, torch.ones(2), ...),
     *([torch.ones(2).int()], [torch.ones(2, dtype=torch.cfloat)], [("a", None)]),
     *([torch.ones(2).to(torch.float8_e4m3fn)], [parameter().sum()], [(1, 2, 3)]),
     *([parameter(), 3], [{"params": {parameter()}}]),

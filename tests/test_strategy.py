@@ -110,7 +110,7 @@ def common_call(strategy_class: type, model: nn.Module, **kwargs: Any) -> Any:
         {"plugins": []},
         {"peval_mode": "iteration", "eval_every": 3},
     ],
-    ids=str,
+    ids=lambda kwargs: str([*kwargs]),
 )
 def test_the_call_for_ewc_trains_and_evaluates(tiny, strategy_class, kwargs):
     strategy = common_call(strategy_class, linear_head(), **kwargs)
