@@ -163,7 +163,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         metavar="N",
         help="of every trial (default: the benchmark's usual one)",
     )
-    add_device(what)
+    _device(what)
     where = _where(search)
     add_jobs(where, "methods at a time")
     where.add_argument(
@@ -244,7 +244,7 @@ def _settings(group: Any, form: str) -> None:
         dest="overrides",
         help="a hyper-parameter; may be repeated",
     )
-    add_device(group)
+    _device(group)
 
 
 def _where(parser: argparse.ArgumentParser) -> Any:
@@ -280,8 +280,7 @@ def _tensorboard(group: Any) -> None:
     )
 
 
-def add_device(group: Any) -> None:
-    """Add ``--device`` to a parser, or to a group of its options."""
+def _device(group: Any) -> None:
     group.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
 

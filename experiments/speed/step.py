@@ -58,14 +58,13 @@ PAIRS_ON_AN_ACCELERATOR = (
 def measure_step(rounds: int, device: torch.device) -> None:
     """Print what a step takes, for each model and way."""
     on_cpu = device.type == "cpu"
-    compiler = on_cpu and kernel.build()
     print("\nA step; microseconds, and ratios paired within a round (median, lowest, highest).")
     print("copy: of as many bytes as a step reads and writes (20 for each parameter).")
     if on_cpu:
         print("pow: torch.pow, once for each weight; a step with power 1.7 needs it twice.")
         print("blocks: what runs by default where no kernel was built; default: where one was.")
     print("threshold: 1e-6, else 0; skip: nonfinite='skip', without the check of all gradients.")
-    if on_cpu and not compiler:
+    if on_cpu and not kernel.build():
         print("No C++ compiler: fused and default are the blocks, too.")
     for name, make in MODELS.items():
         params = list(make().to(device).parameters())
@@ -74,8 +73,7 @@ def measure_step(rounds: int, device: torch.device) -> None:
         turns = rounds if name != "100M" else max(3, rounds // 4)
         seconds = in_turn(_contenders(params), turns, device=device)
         millions = sum(p.numel() for p in params) / 1e6
-        rounds_made = len(seconds["copy"])
-        print(f"\n{name}, {millions:.2f} M parameters in {len(params)} tensors, n = {rounds_made}")
+        print(f"\n{name}, {millions:.2f} M parameters in {len(params)} tensors, n = {turns}")
         for way, values in seconds.items():
             print(f"  {way:<28} {1e6 * median(values):>9.0f} µs")
         for first, second in PAIRS if on_cpu else PAIRS_ON_AN_ACCELERATOR:
