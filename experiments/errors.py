@@ -32,10 +32,14 @@ def print_interrupted() -> None:
     )
 
 
-def exit_code(work: Callable[[], None]) -> int:
+def exit_code(work: Callable[[], None], resumable: bool = True) -> int:
     """Do a script's work and return 0, or 2 for what the user can put right, which is printed.
 
     After Ctrl-C it is 130.
+
+    Args:
+        work: what to do.
+        resumable: whether the same command goes on after Ctrl-C, which is then said.
     """
     try:
         work()
@@ -43,6 +47,9 @@ def exit_code(work: Callable[[], None]) -> int:
         print_error(str(error))
         return 2
     except KeyboardInterrupt:
-        print_interrupted()
+        if resumable:
+            print_interrupted()
+        else:
+            print("interrupted", file=sys.stderr)
         return 130
     return 0

@@ -55,6 +55,15 @@ def test_a_device_that_is_not_there_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: device 'cuda:99' cannot be used here (")
 
 
+def test_an_interrupted_measurement_does_not_say_that_it_goes_on(monkeypatch, capsys):
+    def interrupted(rounds, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.speed.__main__.measure_step", interrupted)
+    assert main(["step"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 def test_growth_counts_classps_four_bytes_and_draws(tmp_path, capsys):
     write_mnist(tmp_path)

@@ -48,7 +48,7 @@ ALL_CASES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for, print it, and return the exit code."""
     options = _parse(arguments)
-    return exit_code(lambda: _measure_all(options))
+    return exit_code(lambda: _measure_all(options), resumable=False)
 
 
 def _measure_all(options: argparse.Namespace) -> None:
