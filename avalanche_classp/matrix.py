@@ -22,6 +22,7 @@ from avalanche_classp.rule import Rule, accumulator_dtype, passed
 
 __all__ = [
     "absorb_rows_",
+    "consolidate_",
     "diagonal",
     "fitted_sketch",
     "matrix_update_",
@@ -163,6 +164,18 @@ def _merge_(state: dict[str, Any], side: str, rows: Tensor) -> None:
     shrink = torch.where(real, ((kept - floor).clamp_min(0) / kept).sqrt(), 0.0)
     state[side + "sketch"] = M @ (vectors[:, -rank:] * shrink)
     state[side + "shed"] = state[side + "shed"] + floor
+
+
+def consolidate_(state: dict[str, Any], factor: float, epsilon: float) -> None:
+    """Multiply a history in place; see :meth:`~avalanche_classp.CLASSPOptimizer.consolidate`."""
+    for side in sides_of(state):
+        sketch, shed = state[side + "sketch"], state[side + "shed"]
+        ceiling = epsilon / (8 * torch.finfo(sketch.dtype).eps)
+        # Columns are orthogonal: the squared length of one is the history of its direction.
+        values = sketch.square().sum(0)
+        grown = (ceiling / values).clamp(1, factor)
+        state[side + "sketch"] = sketch * grown.sqrt()
+        state[side + "shed"] = shed * (ceiling / shed).clamp(1, factor)
 
 
 def absorb_rows_(state: dict[str, Any]) -> None:

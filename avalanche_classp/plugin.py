@@ -14,7 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from avalanche_classp.carry import fitted
-from avalanche_classp.optimizer import CLASSPOptimizer, has_history, validate_hyperparameters
+from avalanche_classp.optimizer import (
+    CLASSPOptimizer,
+    checked_consolidation,
+    has_history,
+    validate_hyperparameters,
+)
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
 
@@ -120,6 +125,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         rank: int | None = None,
         both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
+        consolidation: float = 1.0,
     ) -> None:
         super().__init__()
         given: dict[str, Any] = {
@@ -140,6 +146,8 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
         self.phases = None if phases is None else _validated_phases(phases)
         """The phases, or None."""
+        self.consolidation = checked_consolidation("consolidation", consolidation)
+        """What accumulators are multiplied by when an experience ends."""
         self.experiences_seen = 0
         """Number of experiences known to be trained to their end: the index of the current one."""
 
@@ -231,7 +239,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if self._within_experience and _begins_experience(strategy.experience):
             # Avalanche does not mark the last part where all parts are of the same size.
             self._within_experience = False
-            self.experiences_seen += 1
+            self._end_experience()
         if self.phases is not None:
             self._enter(self.phases[min(self.experiences_seen, len(self.phases) - 1)])
 
@@ -248,10 +256,15 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Count the experience, unless it is a part of one that goes on."""
+        """Count and consolidate the experience, unless it is a part of one that goes on."""
         self._within_experience = not _ends_experience(strategy.experience)
         if not self._within_experience:
-            self.experiences_seen += 1
+            self._end_experience()
+
+    def _end_experience(self) -> None:
+        self.experiences_seen += 1
+        assert self._optimizer is not None
+        self._optimizer.consolidate(self.consolidation)
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Follow tensors that the evaluation has replaced: training may just go on."""

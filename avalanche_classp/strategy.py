@@ -47,6 +47,8 @@ class CLASSP(SupervisedTemplate):
         both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
+        consolidation: what accumulators are multiplied by when an experience ends; see
+            :class:`~avalanche_classp.CLASSPPlugin`. Default (1): off.
         train_mb_size: training mini-batch size. Default: 1.
         train_epochs: training epochs per experience. Default: 1.
         eval_mb_size: evaluation mini-batch size. Default (None): ``train_mb_size``.
@@ -109,6 +111,7 @@ class CLASSP(SupervisedTemplate):
         rank: int | None = None,
         both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
+        consolidation: float = 1.0,
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
@@ -142,6 +145,7 @@ class CLASSP(SupervisedTemplate):
             rank=rank,
             both_sides=both_sides,
             phases=phases,
+            consolidation=consolidation,
         )
         if optimizer is None:
             optimizer = classp.make_optimizer(model.parameters())

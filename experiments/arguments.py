@@ -163,6 +163,13 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         metavar="N",
         help="of every trial (default: the benchmark's usual one)",
     )
+    what.add_argument(
+        "--epochs-choices",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="what every method chooses its epochs from (default: the benchmark's usual ones)",
+    )
     _device(what)
     where = _where(search)
     add_jobs(where, "methods at a time")

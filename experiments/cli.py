@@ -167,7 +167,7 @@ def _search(options: argparse.Namespace) -> int:
         _output(options) / "search",
         options.trials,
         options.tuning_seeds,
-        spec.epochs_choices,
+        options.epochs_choices or spec.epochs_choices,
         options.batch_size or spec.batch_size,
         options.data_root,
         options.train_share,

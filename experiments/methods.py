@@ -240,6 +240,14 @@ METHODS = {
 """All methods by name."""
 
 METHODS |= {
+    "classp-consolidated": Method(
+        "classp-matrix whose accumulators are multiplied when an experience ends, an extension",
+        {**METHODS["classp-matrix"].defaults, "consolidation": 3.0},
+        _classp,
+        usual=False,
+    ),
+}
+METHODS |= {
     f"{method}-matrix": _with_matrices(method, f"{method} with matrix accumulators in SGD's place")
     for method in ("ewc", "si", "mas", "lwf")
 }

@@ -24,7 +24,11 @@ Interval = tuple[float, float] | None
 """Mean and half the width of its 95 % confidence interval (NaN for a single value)."""
 
 REFERENCE = "classp"
-EXTENSION = "classp-matrix"
+EXTENSIONS = {
+    "extension_difference": "classp-matrix",
+    "consolidated_difference": "classp-consolidated",
+}
+"""Further methods that the others are compared with, by the key of that column."""
 _STREAM = ("benchmark", "scenario", "experiences", "model", "validation", "train_share")
 """What two settings must have in common to be compared seed by seed."""
 _TITLE = ("benchmark", "scenario", "method")
@@ -81,13 +85,16 @@ ACCURACIES = (
         lambda result: None,  # needs another row's results
         signed=True,
     ),
-    Column(
-        "extension_difference",
-        f"vs {EXTENSION}",
-        f"likewise, less that of {EXTENSION}.",
-        lambda result: None,
-        signed=True,
-        optional=True,
+    *(
+        Column(
+            key,
+            f"vs {method}",
+            f"likewise, less that of {method}.",
+            lambda result: None,
+            signed=True,
+            optional=True,
+        )
+        for key, method in EXTENSIONS.items()
     ),
     Column(
         "forgetting",
@@ -246,8 +253,8 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for label, runs in groups.items():
         config = runs[0]["config"]
-        differences = _differences(runs, list(groups.values()), REFERENCE)
-        to_extension = _differences(runs, list(groups.values()), EXTENSION)
+        everyone = list(groups.values())
+        differences = _differences(runs, everyone, REFERENCE)
         rows.append(
             {
                 "method": label,
@@ -258,7 +265,10 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "source": runs[0]["setting"],
                 **{column.key: _interval([column.read(run) for run in runs]) for column in COLUMNS},
                 "difference": _interval(differences),
-                "extension_difference": _interval(to_extension),
+                **{
+                    key: _interval(_differences(runs, everyone, method))
+                    for key, method in EXTENSIONS.items()
+                },
                 "curve": [mean_interval(v) for v in zip(*map(_accuracy_so_far, runs), strict=True)],
                 "forgetting_curve": [
                     mean_interval(v) for v in zip(*map(_forgetting_so_far, runs), strict=True)

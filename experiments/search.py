@@ -56,6 +56,17 @@ def matrix_space(trial: Trial) -> dict[str, Any]:
     }
 
 
+def _consolidated_space(trial: Trial) -> dict[str, Any]:
+    free_rate = _log(trial, "free_rate", 0.1, 3.0)
+    epsilon, power = _log(trial, "epsilon", 1e-2, 5.0), trial.suggest_float("power", 1.0, 2.5)
+    return {
+        "lr": free_rate * epsilon ** (1 / power),
+        "epsilon": epsilon,
+        "power": power,
+        "consolidation": _log(trial, "consolidation", 1.0, 100.0),
+    }
+
+
 _Space = Callable[[Trial], dict[str, Any]]
 
 _PENALTIES: dict[str, _Space] = {
@@ -104,6 +115,7 @@ SPACES: dict[str, _Space] = {
     "joint": _sgd_space,
     "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
     "classp-matrix": matrix_space,
+    "classp-consolidated": _consolidated_space,
     **{f"{method}-matrix": _both(own, matrix_space) for method, own in _PENALTIES.items()},
 }
 """Each method's space. Learning rates reach down to where a method hardly moves, because slow
@@ -252,8 +264,10 @@ def _search_method(
     data_root: Path | None,
 ) -> None:
     study = open_study(method, folder)
-    while (done := len(ended_trials(study))) < trials:
-        study.sampler = optuna.samplers.TPESampler(seed=done)
+    while len(ended_trials(study)) < trials:
+        # With those that another process has begun: it would begin with the same values.
+        begun = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(seed=begun)
         study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
     _run_finalists(study, finalists, finalist_seeds, data_root)
 

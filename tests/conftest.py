@@ -214,6 +214,7 @@ def hand_written_loop(
     *,
     epochs: int,
     phases: Sequence[dict[str, Any]] = ({},),
+    consolidation: float = 1.0,
     criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     **hyperparameters: Any,
 ) -> CLASSPOptimizer:
@@ -228,6 +229,8 @@ def hand_written_loop(
                 optimizer.zero_grad()
                 criterion(model(x[batch]), y[batch]).backward()
                 optimizer.step()
+        for p in model.parameters():
+            optimizer.state[p]["accumulator"] *= consolidation
     return optimizer
 
 

@@ -333,7 +333,7 @@ def strategy_with(**arguments):
 
 
 ARGUMENTS = ("model", "criterion", "optimizer", "train_mb_size", "train_epochs", "eval_mb_size")
-ARGUMENTS += ("plugins", "evaluator", "eval_every", "phases", *NAMES)
+ARGUMENTS += ("plugins", "evaluator", "eval_every", "phases", "consolidation", *NAMES)
 
 
 def test_a_strategy_of_any_arguments_is_made_or_names_them():

@@ -245,6 +245,49 @@ def test_a_gradient_that_is_not_finite_is_refused_or_left_out():
             assert optimizer.state[w]["sketch"].isfinite().all()
 
 
+@parametrize("power", POWERS)
+@parametrize("both_sides", [False, True])
+def test_consolidation_multiplies_the_history_of_every_direction(power, both_sides):
+    w, grads = gradients(1, 5, 6)[0], gradients(6, 5, 6, seed=1)
+    hyper = {"lr": 0.1, "epsilon": 0.01, "power": power}
+    _, A, L = by_the_formula(w, grads, **hyper, both_sides=both_sides)
+    p = nn.Parameter(w.clone())
+    optimizer = CLASSPOptimizer([p], rank=8, both_sides=both_sides, **hyper)
+    for g in grads:
+        p.grad = g.clone()
+        optimizer.step()
+    optimizer.consolidate(7)
+    before, last = p.detach().clone(), gradients(1, 5, 6, seed=2)[0]
+    p.grad = last.clone()
+    optimizer.step()
+    norm = last.norm() ** (power - 2)
+    A, L = 7 * A + last.T @ last * norm, 7 * L + last @ last.T * norm
+    if both_sides:
+        step = root(L, 0.01, -0.5 / power) @ last @ root(A, 0.01, -0.5 / power)
+    else:
+        step = last @ root(A, 0.01, -1 / power)
+    assert_close(before - p, 0.1 * step)
+
+
+def test_beside_a_consolidated_direction_a_new_one_is_remembered():
+    """Without a ceiling it would be taken for rounding, and never be protected."""
+    p = nn.Parameter(torch.zeros(2, 2))
+    optimizer = CLASSPOptimizer([p], lr=1.0, epsilon=0.01, power=2.0, rank=2)
+    old, new = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    p.grad = old
+    optimizer.step()
+    for _ in range(100):
+        optimizer.consolidate(10)
+    moved = []
+    for g in (old, new, new, new):
+        before = p.detach().clone()
+        p.grad = g
+        optimizer.step()
+        moved.append((p - before).norm().item())
+    assert moved[0] == pytest.approx(2**0.5 / (0.01 * 2**20) ** 0.5, rel=1e-3)
+    assert moved[1:] == pytest.approx([2**0.5 / (0.01 + 2 * i) ** 0.5 for i in (1, 2, 3)], rel=0.05)
+
+
 @parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_convolutions_and_dtypes(dtype):
     """All dimensions but the first are the inputs; half precision keeps a float32 history."""

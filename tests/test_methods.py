@@ -282,6 +282,7 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("classp-matrix", {"power": 2.0}),
         ("classp-matrix", {"rank": 2}),
         ("classp-matrix", {"both_sides": True}),
+        ("classp-consolidated", {"consolidation": 10.0}),
     ],
 )
 def test_every_hyper_parameter_has_an_effect(method, hyper):
@@ -950,7 +951,7 @@ def test_what_is_not_the_methods_is_not_counted():
 def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
         "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
-        "ewc-matrix si-matrix mas-matrix lwf-matrix"
+        "classp-consolidated ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
     for spec in METHODS.values():
         assert 0 < len(spec.description) < 90

@@ -540,6 +540,59 @@ def test_weights_and_accumulators_are_always_finite(grads, power, nonfinite):
     assert all(x is None or x.isfinite() for x in weights(opt) + accumulators(opt))
 
 
+# Consolidation
+
+
+def test_consolidated_with_power_2_it_is_adagrad_with_its_sum_multiplied():
+    w, grads = randn(5, 3), randn(8, 5, 3, seed=1)
+    ours, theirs = Parameter(w.clone()), Parameter(w.clone())
+    optimizer = CLASSPOptimizer([ours], lr=0.1, epsilon=0.0, power=2.0)
+    adagrad = Adagrad([theirs], lr=0.1, eps=0.0)
+    for i, g in enumerate(grads):
+        if i in (3, 6):
+            optimizer.consolidate(7)
+            adagrad.state[theirs]["sum"] *= 7
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        optimizer.step()
+        adagrad.step()
+    assert_close(ours, theirs)
+
+
+@parametrize("dtype", DTYPES)
+def test_however_often_it_is_called_accumulators_stay_finite_and_never_shrink(dtype):
+    p, untouched = Parameter(randn(4, dtype=dtype)), Parameter(randn(2))
+    optimizer = CLASSPOptimizer([p, untouched], lr=0.1)
+    p.grad = torch.tensor([1.0, -0.1, 0.0, 2.0], dtype=dtype)
+    optimizer.step()
+    accumulator = optimizer.state[p]["accumulator"]
+    ceiling = torch.finfo(accumulator.dtype).max ** 0.5
+    accumulator[3] = high = 4 * ceiling
+    before = accumulator.clone()
+    optimizer.consolidate(1)
+    assert_same(accumulator, before)
+    for _ in range(200):
+        optimizer.consolidate(1e3)
+    assert accumulator.tolist() == pytest.approx([ceiling, ceiling, 0.0, high])
+    assert optimizer.state[p]["accumulator"] is accumulator and not optimizer.state[untouched]
+    optimizer.step()
+    assert p.isfinite().all()
+
+
+@parametrize(
+    ("factor", "error"),
+    [(0.5, ValueError), (math.nan, ValueError), (10**400, ValueError), ("2", TypeError)],
+)
+def test_a_wrong_factor_is_named_and_changes_nothing(factor, error):
+    p = Parameter(randn(4))
+    optimizer = CLASSPOptimizer([p])
+    p.grad = randn(4, seed=1)
+    optimizer.step()
+    before = accumulators(optimizer)
+    with pytest.raises(error, match=f"factor must be .*{str(factor)[:20]}"):
+        optimizer.consolidate(factor)
+    assert_same(accumulators(optimizer), before)
+
+
 # The optimizer interface
 
 

@@ -60,7 +60,7 @@ from conftest import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from avalanche_classp import PAPER_PHASES, CLASSPOptimizer, CLASSPPlugin
+from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer, CLASSPPlugin
 
 
 def classp_over(model: nn.Module, **hyperparameters: Any) -> CLASSPOptimizer:
@@ -626,6 +626,75 @@ def test_every_sub_experience_advances_where_boundaries_are_unknown(tiny, size):
     fit(naive(linear_head(), plugin, watch), online)
     parts = 3 * math.ceil(24 / size)
     assert log == [lrs[min(i, 4)] for i in range(parts)]
+
+
+# --- consolidation --------------------------------------------------------------------------------
+
+
+def test_consolidation_trains_like_a_hand_written_loop_that_multiplies(tiny):
+    hyper = {"lr": 0.05, "epsilon": 1e-5, "power": 2.0}
+    ends = []
+    for consolidation in (1.0, 4.0):
+        plain = linear_head()
+        hand_written_loop(plain, epochs=1, consolidation=consolidation, **hyper)
+        for strategy in (
+            naive(linear_head(), CLASSPPlugin(**hyper, consolidation=consolidation)),
+            CLASSP(model=linear_head(), **hyper, consolidation=consolidation, train_mb_size=BATCH),
+        ):
+            fit(strategy, tiny.train_stream)
+            assert same(weights(strategy.model), weights(plain))
+        ends.append(weights(plain))
+    assert not same(*ends)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_sub_experiences_are_consolidated_where_their_experience_ends(tiny, known):
+    growths = []
+    for size, drop_last in ((6, False), (5, True)):
+        for consolidation in (1.0, 4.0):
+            history = History()
+            online = split_online_stream(
+                tiny.train_stream,
+                size,
+                drop_last=drop_last,
+                access_task_boundaries=known,
+                seed=0,
+            )
+            # So small a step leaves the gradients as they are.
+            plugin = CLASSPPlugin(lr=1e-12, epsilon=1e-5, power=1.0, consolidation=consolidation)
+            fit(naive(linear_head(), plugin, history), online)
+            growths.append([total(start) for start in history.starts])
+    for once, multiplied, parts in zip(growths[::2], growths[1::2], (4, 4), strict=True):
+        added = [b - a for a, b in pairwise(once)]
+        expected = 0.0
+        for i, more in enumerate(added, 1):
+            expected = expected + more
+            if not known or i % parts == 0:
+                expected *= 4
+            assert multiplied[i] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_interrupted_experience_is_not_consolidated(tiny):
+    def interrupt(strategy: Any) -> None:
+        raise KeyboardInterrupt
+
+    plugin = CLASSPPlugin(lr=0.1, consolidation=4.0)
+    strategy = naive(linear_head(), plugin)
+    fit(strategy, tiny.train_stream[:1])
+    before = total(accumulators(strategy))
+    stopper = On(before_training_iteration=interrupt)
+    strategy.plugins.append(stopper)
+    with pytest.raises(KeyboardInterrupt):
+        fit(strategy, tiny.train_stream[1:2])
+    assert total(accumulators(strategy)) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0.0, ValueError), (math.inf, ValueError), ("2", TypeError)]
+)
+def test_a_wrong_consolidation_is_refused_at_construction(value, error):
+    with pytest.raises(error, match=f"consolidation must be .*{value}"):
+        CLASSPPlugin(consolidation=value)
 
 
 # --- accumulators survive -------------------------------------------------------------------------

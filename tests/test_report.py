@@ -145,17 +145,18 @@ def test_there_is_no_difference_to_classp_on_another_stream_or_model(key):
     assert known == {"classp": False, "ewc": True, "si": False}
 
 
-def test_with_the_extension_there_is_a_difference_to_it_and_else_no_such_column():
-    methods = {"naive": 0.5, "classp": 0.75, "classp-matrix": 0.875}
+@pytest.mark.parametrize(("key", "extension"), report.EXTENSIONS.items())
+def test_with_an_extension_there_is_a_difference_to_it_and_else_no_such_column(key, extension):
+    methods = {"naive": 0.5, "classp": 0.75, extension: 0.875}
     results = [
         fake_result(name, seed, accuracy) for name, accuracy in methods.items() for seed in (0, 1)
     ]
-    found = {row["method"]: row["extension_difference"] for row in table_rows(results)}
-    assert found == {"classp-matrix": None, "classp": (-12.5, 0), "naive": (-37.5, 0)}
-    for text in (markdown_table(table_rows(results)), csv_table(table_rows(results))):
-        assert "vs classp-matrix" in text or ",extension_difference," in text
-    without = table_rows([r for r in results if r["config"]["method"] != "classp-matrix"])
-    assert "matrix" not in markdown_table(without) and "extension" not in csv_table(without)
+    found = {row["method"]: row[key] for row in table_rows(results)}
+    assert found == {extension: None, "classp": (-12.5, 0), "naive": (-37.5, 0)}
+    assert f"vs {extension}" in markdown_table(table_rows(results))
+    assert f",{key}," in csv_table(table_rows(results))
+    without = table_rows([r for r in results if r["config"]["method"] != extension])
+    assert f"vs {extension}" not in markdown_table(without) and key not in csv_table(without)
 
 
 def test_with_two_settings_of_classp_there_is_no_difference():
