@@ -86,7 +86,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     phase when it is trained again. In an online stream (``split_online_stream``) the boundaries
     count where they are known (``access_task_boundaries=True``): all sub-experiences of one
     experience share its phase. Where they are not known every sub-experience counts as an
-    experience of its own; give no phases there, or count on that.
+    experience of its own; give no phases and no consolidation there, or count on that.
 
     A learning-rate scheduler needs the optimizer that is really used: build the CLASSPOptimizer
     yourself and give it to the scheduler and to the strategy. Phases that name lr and a scheduler
@@ -147,10 +147,11 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.phases = None if phases is None else _validated_phases(phases)
         """The phases, or None."""
         self.consolidation = checked_consolidation("consolidation", consolidation)
-        """What accumulators are multiplied by when an experience ends."""
+        """What accumulators are multiplied by when the next experience begins."""
         self.experiences_seen = 0
         """Number of experiences known to be trained to their end: the index of the current one."""
 
+        self._consolidated = 0
         self._optimizer: CLASSPOptimizer | None = None
         self._phase: Mapping[str, Any] | None = None
         self._before_phase: list[dict[str, Any]] = []
@@ -232,14 +233,18 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     def before_training_exp(
         self, strategy: Any, reset_optimizer_state: bool = False, **kwargs: Any
     ) -> None:
-        """Give the accumulators back to the adapted parameters, and set the phase."""
+        """Give the accumulators back to the adapted parameters, consolidate, set the phase."""
         if not reset_optimizer_state:
             _restore_histories(strategy, self._history)
         self._history = {}
         if self._within_experience and _begins_experience(strategy.experience):
             # Avalanche does not mark the last part where all parts are of the same size.
             self._within_experience = False
-            self._end_experience()
+            self.experiences_seen += 1
+        if self.experiences_seen > self._consolidated:
+            assert self._optimizer is not None
+            self._optimizer.consolidate(self.consolidation)
+            self._consolidated = self.experiences_seen
         if self.phases is not None:
             self._enter(self.phases[min(self.experiences_seen, len(self.phases) - 1)])
 
@@ -256,15 +261,10 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Count and consolidate the experience, unless it is a part of one that goes on."""
+        """Count the experience, unless it is a part of one that goes on."""
         self._within_experience = not _ends_experience(strategy.experience)
         if not self._within_experience:
-            self._end_experience()
-
-    def _end_experience(self) -> None:
-        self.experiences_seen += 1
-        assert self._optimizer is not None
-        self._optimizer.consolidate(self.consolidation)
+            self.experiences_seen += 1
 
     def after_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Follow tensors that the evaluation has replaced: training may just go on."""

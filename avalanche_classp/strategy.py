@@ -47,7 +47,7 @@ class CLASSP(SupervisedTemplate):
         both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
-        consolidation: what accumulators are multiplied by when an experience ends; see
+        consolidation: what accumulators are multiplied by when the next experience begins; see
             :class:`~avalanche_classp.CLASSPPlugin`. Default (1): off.
         train_mb_size: training mini-batch size. Default: 1.
         train_epochs: training epochs per experience. Default: 1.

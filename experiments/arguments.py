@@ -67,7 +67,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="default: all that `list` names but the baselines with matrix accumulators",
+        help="default: all that `list` names up to classp-matrix",
     )
     what.add_argument(
         "--seeds",

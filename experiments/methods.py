@@ -241,7 +241,7 @@ METHODS = {
 
 METHODS |= {
     "classp-consolidated": Method(
-        "classp-matrix whose accumulators are multiplied when an experience ends, an extension",
+        "classp-matrix whose accumulators are multiplied when an experience begins, an extension",
         {**METHODS["classp-matrix"].defaults, "consolidation": 3.0},
         _classp,
         usual=False,

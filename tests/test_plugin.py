@@ -648,7 +648,7 @@ def test_consolidation_trains_like_a_hand_written_loop_that_multiplies(tiny):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_sub_experiences_are_consolidated_where_their_experience_ends(tiny, known):
+def test_sub_experiences_are_consolidated_where_another_experience_begins(tiny, known):
     growths = []
     for size, drop_last in ((6, False), (5, True)):
         for consolidation in (1.0, 4.0):
@@ -664,17 +664,16 @@ def test_sub_experiences_are_consolidated_where_their_experience_ends(tiny, know
             plugin = CLASSPPlugin(lr=1e-12, epsilon=1e-5, power=1.0, consolidation=consolidation)
             fit(naive(linear_head(), plugin, history), online)
             growths.append([total(start) for start in history.starts])
-    for once, multiplied, parts in zip(growths[::2], growths[1::2], (4, 4), strict=True):
-        added = [b - a for a, b in pairwise(once)]
+    for once, multiplied in zip(growths[::2], growths[1::2], strict=True):
         expected = 0.0
-        for i, more in enumerate(added, 1):
-            expected = expected + more
-            if not known or i % parts == 0:
+        for i, added in enumerate((b - a for a, b in pairwise(once)), 1):
+            expected += added
+            if not known or i % 4 == 0:  # an experience has four parts
                 expected *= 4
             assert multiplied[i] == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_interrupted_experience_is_not_consolidated(tiny):
+def test_an_interrupted_experience_that_begins_again_does_not_consolidate_again(tiny):
     def interrupt(strategy: Any) -> None:
         raise KeyboardInterrupt
 
@@ -682,11 +681,11 @@ def test_an_interrupted_experience_is_not_consolidated(tiny):
     strategy = naive(linear_head(), plugin)
     fit(strategy, tiny.train_stream[:1])
     before = total(accumulators(strategy))
-    stopper = On(before_training_iteration=interrupt)
-    strategy.plugins.append(stopper)
-    with pytest.raises(KeyboardInterrupt):
-        fit(strategy, tiny.train_stream[1:2])
-    assert total(accumulators(strategy)) == before
+    strategy.plugins.append(On(before_training_iteration=interrupt))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(strategy, tiny.train_stream[1:2])
+        assert total(accumulators(strategy)) == 4 * before
 
 
 @pytest.mark.parametrize(
