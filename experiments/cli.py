@@ -206,15 +206,17 @@ def _report(options: argparse.Namespace) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     registries = _registries()
+    width = max(len(name) for entries in registries.values() for name in entries)
     for kind, entries in registries.items():
         print(f"{kind}s:")
         for name, entry in entries.items():
-            print(f"  {name:16}{entry if isinstance(entry, str) else entry.description}")
+            lines = [entry if isinstance(entry, str) else entry.description]
             if kind == "benchmark":
-                print(f"{'':18}model {entry.model}; scenarios {', '.join(entry.scenarios)}")
+                lines.append(f"model {entry.model}; scenarios {', '.join(entry.scenarios)}")
             elif kind == "method":
-                values = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
-                print(f"{'':18}{values}")
+                lines.append(", ".join(f"{key}={value}" for key, value in entry.defaults.items()))
+            for label, line in zip((name, ""), lines, strict=False):
+                print(f"  {label:{width}}  {line}")
     return 0
 
 
