@@ -289,18 +289,18 @@ def test_configs_refuse_unknown_keys():
 
 
 SEARCHED = [
-    *(("split-digits", scenario) for scenario in SCENARIOS),
-    ("split-mnist", "class"),
-    ("split-mnist", "task"),
+    *(("split-digits", scenario, (1, 3, 10)) for scenario in SCENARIOS),
+    ("split-mnist", "class", (1, 2)),
+    ("split-mnist", "task", (2, 8)),  # with --epochs-choices
 ]
 
 
-@pytest.mark.parametrize(("benchmark", "scenario"), SEARCHED)
+@pytest.mark.parametrize(("benchmark", "scenario", "epochs"), SEARCHED)
 @pytest.mark.parametrize("method", ["naive", "adagrad", "ewc", "classp", "joint"])
-def test_every_method_has_searched_settings(benchmark, scenario, method):
+def test_every_method_has_searched_settings(benchmark, scenario, epochs, method):
     setting = searched_setting(benchmark, scenario, method)
     assert setting is not None
-    assert setting.epochs in BENCHMARKS[benchmark].epochs_choices
+    assert setting.epochs in epochs
     assert set(setting.hyper) <= set(METHODS[method].defaults)
 
 
@@ -641,6 +641,15 @@ def test_search_gives_every_method_its_trials_and_goes_on_where_it_stopped(tmp_p
     chosen = settings["split-digits/class"]["naive"]
     assert chosen["hyper"] == json.loads(best["hyper"])
     assert chosen["epochs"] == int(best["epochs"])
+
+
+def test_search_takes_other_choices_of_epochs(tmp_path):
+    words = ["search", "--methods", "naive", "--trials", "2", "--tuning-seeds", "1"]
+    words += ["--train-share", "0.2", "--output", str(tmp_path)]
+    assert main([*words, "--epochs-choices", "2"]) == 0
+    with open(tmp_path / "search" / "trials.csv", encoding="utf-8") as file:
+        assert [row["epochs"] for row in csv.DictReader(file)] == ["2", "2"]
+    assert main([*words, "--epochs-choices", "4"]) == 2  # another search's folder
 
 
 def test_search_runs_its_trials_on_the_device(tmp_path, monkeypatch):
