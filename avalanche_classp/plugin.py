@@ -69,6 +69,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
             ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
             group's original value. Default (None): nothing changes.
+        consolidation: an extension of ours: when another experience begins what was accumulated
+            before is multiplied by it, so that what was learnt counts more than what comes; see
+            :meth:`~avalanche_classp.CLASSPOptimizer.consolidate`. >= 1. Default (1): off.
 
     Raises:
         TypeError: an argument or a phase of a wrong type.

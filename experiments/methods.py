@@ -246,10 +246,12 @@ METHODS |= {
         _classp,
         usual=False,
     ),
-}
-METHODS |= {
-    f"{method}-matrix": _with_matrices(method, f"{method} with matrix accumulators in SGD's place")
-    for method in ("ewc", "si", "mas", "lwf")
+    **{
+        f"{method}-matrix": _with_matrices(
+            method, f"{method} with matrix accumulators in SGD's place"
+        )
+        for method in ("ewc", "si", "mas", "lwf")
+    },
 }
 
 

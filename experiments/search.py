@@ -46,25 +46,20 @@ FEWEST_TO_COMPARE = 8
 
 def matrix_space(trial: Trial) -> dict[str, Any]:
     """Suggest the hyper-parameters of matrix accumulators."""
-    free_rate = _log(trial, "free_rate", 0.01, 1.0)
-    epsilon, power = _log(trial, "epsilon", 1e-4, 5.0), trial.suggest_float("power", 0.5, 2.5)
-    return {
-        "lr": free_rate * epsilon ** (1 / power),
-        "epsilon": epsilon,
-        "power": power,
-        "both_sides": _flag(trial, "both_sides"),
-    }
+    rule = _matrix_rule(trial, free_rate=(0.01, 1.0), epsilon=(1e-4, 5.0), power=(0.5, 2.5))
+    return {**rule, "both_sides": _flag(trial, "both_sides")}
 
 
 def _consolidated_space(trial: Trial) -> dict[str, Any]:
-    free_rate = _log(trial, "free_rate", 0.1, 3.0)
-    epsilon, power = _log(trial, "epsilon", 1e-2, 5.0), trial.suggest_float("power", 1.0, 2.5)
-    return {
-        "lr": free_rate * epsilon ** (1 / power),
-        "epsilon": epsilon,
-        "power": power,
-        "consolidation": _log(trial, "consolidation", 1.0, 100.0),
-    }
+    rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
+    return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
+
+
+def _matrix_rule(trial: Trial, **limits: tuple[float, float]) -> dict[str, float]:
+    free_rate = _log(trial, "free_rate", *limits["free_rate"])
+    epsilon = _log(trial, "epsilon", *limits["epsilon"])
+    power = trial.suggest_float("power", *limits["power"])
+    return {"lr": free_rate * epsilon ** (1 / power), "epsilon": epsilon, "power": power}
 
 
 _Space = Callable[[Trial], dict[str, Any]]
@@ -164,7 +159,7 @@ def search(
     of the experiences (not after the first), with the first tuning seed, its mean accuracy on
     them is compared with that of the earlier trials; below their median, if there are
     :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE, seeded by the number of trials
-    done.
+    begun.
 
     With ``finalists`` the best trials are run with more seeds, and the best mean over all their
     seeds is chosen: a setting that trains well with one seed and fails with another is found out.
