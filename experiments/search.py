@@ -55,11 +55,15 @@ def _consolidated_space(trial: Trial) -> dict[str, Any]:
     return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
 
 
-def _matrix_rule(trial: Trial, **limits: tuple[float, float]) -> dict[str, float]:
-    free_rate = _log(trial, "free_rate", *limits["free_rate"])
-    epsilon = _log(trial, "epsilon", *limits["epsilon"])
-    power = trial.suggest_float("power", *limits["power"])
-    return {"lr": free_rate * epsilon ** (1 / power), "epsilon": epsilon, "power": power}
+_Limits = tuple[float, float]
+
+
+def _matrix_rule(
+    trial: Trial, free_rate: _Limits, epsilon: _Limits, power: _Limits
+) -> dict[str, float]:
+    rate, eps = _log(trial, "free_rate", *free_rate), _log(trial, "epsilon", *epsilon)
+    exponent = trial.suggest_float("power", *power)
+    return {"lr": rate * eps ** (1 / exponent), "epsilon": eps, "power": exponent}
 
 
 _Space = Callable[[Trial], dict[str, Any]]
