@@ -1,6 +1,8 @@
 """Checkpoints: what is resumed is what was never stopped, and what is damaged is found."""
 
 import collections
+import contextlib
+import importlib
 import io
 import json
 import math
@@ -407,23 +409,39 @@ def train_the_rest(folder, tiny):
         strategy.train(experience)
 
 
-def in_a_process(work):
-    """Run some work in a process whose rights and limits may be changed."""
-    pid = checkpoint_runs.child(work)
-    assert os.waitpid(pid, 0)[1] == 0
+@contextlib.contextmanager
+def file_size_limit(size):
+    """Have the system refuse to write more than this into a file.
+
+    In this process, not in a fork of it: after a test that compiles, torch refuses to train there.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def without_root():
+    """Give up the right to write everywhere, where this process has it."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        importlib.invalidate_caches()  # of folders that could not be read meanwhile
 
 
 def test_a_full_disk_leaves_what_was_there(folder, tiny):
     (folder / "00000003.checkpoint").unlink()
     before = (folder / "00000002.checkpoint").read_bytes()
-
-    def work():
-        # The system refuses to write more than this into a file.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        with pytest.raises(CheckpointError, match=r"cannot write .*00000003\.checkpoint: File too"):
-            train_the_rest(folder, tiny)
-
-    in_a_process(work)
+    message = r"cannot write .*00000003\.checkpoint: File too"
+    with file_size_limit(10_000), pytest.raises(CheckpointError, match=message):
+        train_the_rest(folder, tiny)
     assert files(folder) == ["00000002.checkpoint"]
     assert (folder / "00000002.checkpoint").read_bytes() == before
     train_the_rest(folder, tiny)
@@ -436,16 +454,11 @@ def test_a_folder_that_is_read_only(folder, tiny):
     for parent in folder.parents:
         if Path(tempfile.gettempdir()) in parent.parents:
             parent.chmod(0o755)
-
-    def work():
-        if os.geteuid() == 0:
-            os.seteuid(65534)  # root may write everywhere
+    with without_root():
         with pytest.raises(CheckpointError, match=r"cannot write .*: Permission denied; see to it"):
             train_the_rest(folder, tiny)
         with pytest.raises(CheckpointError, match=r"cannot use the folder .*: Permission denied"):
             train_the_rest(folder / "new", tiny)
-
-    in_a_process(work)
     folder.chmod(0o755)
     assert files(folder) == ["00000002.checkpoint"]
 
