@@ -6,12 +6,14 @@ tests of the optimizer alone start at once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,20 @@ def seed_everything(seed: int = 0) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     seed_everything()
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Have the system refuse to write more than so many bytes into a file: a full disk.
+
+    In this process, not in a fork of it: after a test that compiles, torch refuses to train there.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- data and models ------------------------------------------------------------------------------

@@ -7,12 +7,10 @@ import contextlib
 import io
 import json
 import os
-import resource
 import shutil
 import struct
 import subprocess
 import sys
-import traceback
 from concurrent.futures import Future
 from pathlib import Path
 from urllib.error import URLError
@@ -20,6 +18,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from bad_input import SCALE, TRIED, changed, examples, json_values
+from conftest import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 from small_data import small_config, write_cifar, write_mnist
@@ -589,30 +588,6 @@ def test_damaged_cifar_is_one_line(tmp_path, really_run, monkeypatch):
 # A full disk, a closed pipe
 
 
-def limited(size, *words):
-    """Run a command in a process whose files cannot be longer: a real write that fails."""
-    TRIED["command line"] += 1
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            err = io.StringIO()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-                code = main([str(word) for word in words])
-            os.write(theirs, err.getvalue().encode()[-4000:])
-        except BaseException:  # noqa: BLE001 - the parent shows it
-            os.write(theirs, traceback.format_exc().encode()[-4000:])
-        finally:
-            os._exit(code)
-    os.close(theirs)
-    with open(ours, encoding="utf-8") as pipe:
-        error = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, judged(code, error)
-
-
 @parametrize("size", [0, 100, 1000, 2000, 4000])
 def test_a_full_disk_is_one_line_and_hurts_no_file(size, tmp_path):
     path = Results(tmp_path).save(made_up(small_config(seed=7)))
@@ -628,7 +603,8 @@ def test_a_full_disk_is_one_line_and_hurts_no_file(size, tmp_path):
         ["report"],
     ):
         where = [tmp_path] if words[0] == "report" else ["--output", tmp_path]
-        code, line = limited(size, *words, *where)
+        with file_size_limit(size):
+            code, line = command(*words, *where)
         codes.append(code)
         assert code == 0 or "File too large" in line
         assert path.read_bytes() == files[path]

@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from conftest import (
     On,
     accumulators,
     build,
+    file_size_limit,
     fit,
     growing_head,
     linear_head,
@@ -407,20 +407,6 @@ def train_the_rest(folder, tiny):
     strategy, rest = resumed(folder, tiny)
     for experience in rest:
         strategy.train(experience)
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """Have the system refuse to write more than this into a file.
-
-    In this process, not in a fork of it: after a test that compiles, torch refuses to train there.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager
