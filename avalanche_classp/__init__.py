@@ -9,18 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avalanche_classp.carry import CarryReport, carry_accumulators
-from avalanche_classp.checkpoint_file import CheckpointError
-from avalanche_classp.optimizer import (
+from avalanche_classp.checkpoint.file import CheckpointError
+from avalanche_classp.optim.optimizer import (
     CLASSP_optimizer,
     CLASSPOptimizer,
     NonFiniteGradientError,
 )
+from avalanche_classp.optim.transfer import CarryReport, carry_accumulators
 
 if TYPE_CHECKING:
-    from avalanche_classp.checkpoint import checkpointed, mend_save_checkpoint
+    from avalanche_classp.checkpoint.resume import checkpointed, mend_save_checkpoint
     from avalanche_classp.csv_logger import CSVValueLogger
-    from avalanche_classp.in_memory_data import in_memory
+    from avalanche_classp.data.in_memory import in_memory
     from avalanche_classp.metrics import classp_metrics
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
     from avalanche_classp.strategy import CLASSP
@@ -48,10 +48,10 @@ _NEEDS_AVALANCHE = {
     "CLASSPPlugin": "plugin",
     "CSVValueLogger": "csv_logger",
     "PAPER_PHASES": "plugin",
-    "checkpointed": "checkpoint",
+    "checkpointed": "checkpoint.resume",
     "classp_metrics": "metrics",
-    "in_memory": "in_memory_data",
-    "mend_save_checkpoint": "checkpoint",
+    "in_memory": "data.in_memory",
+    "mend_save_checkpoint": "checkpoint.resume",
 }
 
 

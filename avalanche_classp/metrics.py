@@ -16,9 +16,9 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import phase_and_task, stream_type
 from torch import Tensor
 
-from avalanche_classp.matrix import diagonal
-from avalanche_classp.optimizer import CLASSPOptimizer, rule_of
-from avalanche_classp.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
+from avalanche_classp.optim.matrix import diagonal
+from avalanche_classp.optim.optimizer import CLASSPOptimizer, rule_of
+from avalanche_classp.optim.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
 
 __all__ = [
     "AccumulatorMetric",

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from avalanche_classp.carry import fitted
-from avalanche_classp.optimizer import (
+from avalanche_classp.optim.optimizer import (
     CLASSPOptimizer,
     checked_consolidation,
     has_history,
     validate_hyperparameters,
 )
+from avalanche_classp.optim.transfer import fitted
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
 

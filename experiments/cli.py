@@ -19,8 +19,8 @@ from experiments.configfile import read_words
 from experiments.errors import UserError, print_error, print_interrupted
 
 if TYPE_CHECKING:
-    from experiments.benchmarks import Benchmark
-    from experiments.config import RunConfig
+    from experiments.protocol.benchmarks import Benchmark
+    from experiments.protocol.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,10 +79,10 @@ def _drop_output_that_nobody_takes() -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from experiments.compare import run_all
-    from experiments.methods import count_steps
-    from experiments.report import write_report
-    from experiments.resultfiles import Results
+    from experiments.protocol.methods import count_steps
+    from experiments.reporting.report import write_report
+    from experiments.running.compare import run_all
+    from experiments.running.records import Results
 
     methods = _methods(options)
     overrides: dict[str, dict[str, str]] = defaultdict(dict)
@@ -129,10 +129,10 @@ def _run(options: argparse.Namespace) -> int:
     config = _config(options, options.method, options.seed, overrides)
     from tqdm import tqdm
 
-    from experiments.compare import attempt
-    from experiments.methods import count_steps
-    from experiments.report import plain_table, table_rows
-    from experiments.resultfiles import Results
+    from experiments.protocol.methods import count_steps
+    from experiments.reporting.report import plain_table, table_rows
+    from experiments.running.compare import attempt
+    from experiments.running.records import Results
 
     warnings.simplefilter("ignore")
     results = Results(_output(options))
@@ -151,10 +151,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from experiments.processes import available_cores
-    from experiments.run import find_device
-    from experiments.search import search
-    from experiments.settings import adopt
+    from experiments.protocol.tuned_settings import adopt
+    from experiments.running.processes import available_cores
+    from experiments.running.run import find_device
+    from experiments.tuning.search import search
 
     spec = _benchmark(options)
     find_device(options.device)
@@ -185,8 +185,8 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from experiments.report import write_report
-    from experiments.resultfiles import Results
+    from experiments.reporting.report import write_report
+    from experiments.running.records import Results
 
     finished: dict[tuple[str, str], list[Any]] = defaultdict(list)
     failed: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -230,10 +230,10 @@ def _split_override(text: str, form: str) -> tuple[str, str]:
 def _config(
     options: argparse.Namespace, method: str, seed: int, overrides: dict[str, str]
 ) -> RunConfig:
-    from experiments.config import parse_value
-    from experiments.methods import METHODS
-    from experiments.run import find_device
-    from experiments.settings import make_config, require_known
+    from experiments.protocol.config import parse_value
+    from experiments.protocol.methods import METHODS
+    from experiments.protocol.tuned_settings import make_config, require_known
+    from experiments.running.run import find_device
 
     _benchmark(options)
     if getattr(options, "engine", "local") == "local":  # a cluster may have what is not here
@@ -257,7 +257,7 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _methods(options: argparse.Namespace) -> list[str]:
-    from experiments.methods import METHODS
+    from experiments.protocol.methods import METHODS
 
     usual = [name for name, method in METHODS.items() if method.usual]
     return [_known("method", name) for name in dict.fromkeys(options.methods or usual)]
@@ -265,7 +265,7 @@ def _methods(options: argparse.Namespace) -> list[str]:
 
 def _benchmark(options: argparse.Namespace) -> Benchmark:
     """Return the benchmark, and fill in its default scenario."""
-    from experiments.benchmarks import BENCHMARKS
+    from experiments.protocol.benchmarks import BENCHMARKS
 
     spec = BENCHMARKS[_known("benchmark", options.benchmark)]
     options.scenario = _known("scenario", options.scenario or spec.scenarios[0])
@@ -282,9 +282,9 @@ def _known(kind: str, name: str) -> str:
 
 
 def _registries() -> dict[str, Mapping[str, Any]]:
-    from experiments.benchmarks import BENCHMARKS, SCENARIOS
-    from experiments.methods import METHODS
-    from experiments.models import MODELS
+    from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS
+    from experiments.protocol.methods import METHODS
+    from experiments.protocol.models import MODELS
 
     return {"benchmark": BENCHMARKS, "scenario": SCENARIOS, "method": METHODS, "model": MODELS}
 

@@ -5,9 +5,9 @@ import struct
 
 import numpy as np
 
-from experiments.benchmarks import BENCHMARKS
-from experiments.config import RunConfig
-from experiments.methods import METHODS
+from experiments.protocol.benchmarks import BENCHMARKS
+from experiments.protocol.config import RunConfig
+from experiments.protocol.methods import METHODS
 
 
 def small_config(method="classp", scenario="class", benchmark="split-digits", **fields):

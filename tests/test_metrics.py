@@ -43,7 +43,7 @@ from avalanche_classp import (
     classp_metrics,
 )
 from avalanche_classp.metrics import effective_rate
-from avalanche_classp.rule import Rule
+from avalanche_classp.optim.rule import Rule
 
 END = "/train_phase/train_stream"
 

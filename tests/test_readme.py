@@ -11,13 +11,13 @@ import torch
 from avalanche.benchmarks.datasets import default_dataset_location
 
 from avalanche_classp import CLASSPOptimizer
-from experiments import sensitivity
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
-from experiments.overview import overview
-from experiments.report import markdown_table, table_rows
-from experiments.resultfiles import Results
-from experiments.settings import place_of
+from experiments.protocol.tuned_settings import place_of
+from experiments.reporting.report import markdown_table, table_rows
+from experiments.reporting.side_by_side import overview
+from experiments.running.records import Results
+from experiments.tuning import sensitivity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def test_the_readme_shows_the_main_tables():
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
 def test_published_runs_use_the_settings_that_the_search_chose(folder):
-    chosen = json.loads((ROOT / "experiments" / "settings.json").read_text())
+    chosen = json.loads((ROOT / "experiments" / "protocol" / "tuned_settings.json").read_text())
     results = Results(folder).load()
     for result in results:
         config = result["config"]

@@ -23,7 +23,7 @@ import torch
 
 from experiments.arguments import positive, script_parser
 from experiments.errors import exit_code
-from experiments.run import find_device
+from experiments.running.run import find_device
 from experiments.speed.growth import measure_growth
 from experiments.speed.long import measure_long, measure_saturation
 from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics

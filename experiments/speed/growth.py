@@ -16,10 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from avalanche_classp import in_memory
-from experiments.benchmarks import BENCHMARKS, make_benchmark
-from experiments.methods import METHODS
-from experiments.models import make_model
-from experiments.statebytes import method_state_bytes
+from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
+from experiments.protocol.methods import METHODS
+from experiments.protocol.models import make_model
+from experiments.running.memory import method_state_bytes
 
 METHOD_NAMES = ("naive", "classp", "ewc", "ewc-online", "si")
 BENCHMARK, MODEL, BATCH = "permuted-mnist", "mlp-256", 128
@@ -33,7 +33,7 @@ def measure_growth(lengths: Sequence[int], data_root: Path | None, output: Path 
 
     Args:
         lengths: numbers of experiences; the longest is run, the others are its beginning.
-        data_root: see :func:`experiments.benchmarks.make_benchmark`.
+        data_root: see :func:`experiments.protocol.benchmarks.make_benchmark`.
         output: folder that receives ``growth.csv`` and ``growth.png``. Default: none.
     """
     longest = max(lengths)

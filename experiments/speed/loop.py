@@ -18,9 +18,9 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from avalanche_classp import CLASSP, classp_metrics, in_memory
-from experiments.benchmarks import BENCHMARKS, make_benchmark
-from experiments.clock import Clocked
-from experiments.models import make_model
+from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
+from experiments.protocol.models import make_model
+from experiments.running.timing import Clocked
 from experiments.speed.measure import ratio
 
 TRAIN_BATCH, EVAL_BATCH = 128, 512

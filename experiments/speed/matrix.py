@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.optim import SGD, Optimizer
 
 from avalanche_classp import CLASSPOptimizer
-from experiments.models import Shape, make_model
+from experiments.protocol.models import Shape, make_model
 from experiments.speed.measure import in_turn, ratio
 
 BATCH_SIZE = 128

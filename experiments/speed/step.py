@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Adagrad
 
-from avalanche_classp import CLASSPOptimizer, kernel
-from experiments.models import make_model
+from avalanche_classp import CLASSPOptimizer
+from avalanche_classp.optim import kernel
+from experiments.protocol.models import make_model
 from experiments.speed.measure import in_turn, ratio
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -1,0 +1,1 @@
+"""Resume a strategy after a crash."""

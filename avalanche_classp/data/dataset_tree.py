@@ -1,0 +1,237 @@
+"""Avalanche's trees of subsets, concatenations and transforms, taken whole mini-batches at a time.
+
+The data of an ``AvalancheDataset`` is a tree: its leaves are plain datasets, each node chooses
+samples of its children and transforms them. Asked for one sample, Avalanche walks from the root to
+a leaf. Here that is done once for all samples: :class:`Plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.flat_data import FlatData
+from avalanche.benchmarks.utils.transform_groups import EmptyTransformGroups
+from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransform
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from avalanche_classp.data.batch_transforms import NotBatchableError, Pipeline, flat
+from avalanche_classp.data.sample_store import Source
+
+
+class Rows(Dataset[Any]):
+    """Chosen samples of a source: the only kind of leaf in an in-memory dataset's tree.
+
+    Args:
+        source: the source.
+        rows: which of its samples, int64.
+    """
+
+    # Before each epoch Avalanche looks in all samples for a dataset of FFCV's, at 3 µs a sample.
+    # It gives that up, and rightly, at a leaf with a transform and no target_transform.
+    transform = None
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source.dataset[int(self.rows[index])]
+
+
+def taken(node: Any, wanted: Tensor | None, source: Callable[[Any], Source] | None = None) -> Any:
+    """Return a tree of the wanted samples whose leaves hold no others, with the same transforms.
+
+    Args:
+        node: a tree of Avalanche's, or a leaf.
+        wanted: places of the samples; None for all.
+        source: gives the source of a plain dataset; None to leave plain datasets as they are.
+    """
+    if isinstance(node, Rows):
+        return node if wanted is None else Rows(node.source, node.rows[wanted])
+    parts = _parts(node, wanted)
+    if parts is None:
+        if source is not None:
+            return Rows(source(node), torch.arange(len(node)) if wanted is None else wanted)
+        return node if wanted is None else Subset(node, wanted.tolist())
+    children = [taken(child, inner, source) for child, inner, _ in parts]
+    order = None
+    if len(parts) > 1:
+        places = torch.cat([where for _, _, where in parts if where is not None])
+        if (places.diff() < 0).any():
+            order = places.argsort().tolist()
+    frozen, current = (copy.copy(groups) for groups in _transform_groups(node))
+    return AvalancheDataset(
+        children, indices=order, frozen_transform_groups=frozen, transform_groups=current
+    )
+
+
+class Plan:
+    """How to load mini-batches of a tree: every sample's route, and its row in the source.
+
+    Args:
+        tree: the data of an AvalancheDataset.
+
+    Raises:
+        NotBatchableError: if some samples have no route.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self._routes: list[_Route] = []
+        known: dict[Any, int] = {}
+        found: list[tuple[Tensor, Tensor | None, int]] = []
+        group = tree._transform_groups.current_group
+        for leaf, chosen, places, pairs in _leaves(tree, None, None, group, []):
+            if not isinstance(leaf, Rows):
+                raise NotBatchableError(f"a {type(leaf).__name__} was added later")
+            chains = _chains(pairs, leaf.source.width)
+            key = (id(leaf.source), tuple(tuple(map(id, chain)) for chain in chains))
+            if key not in known:
+                known[key] = len(self._routes)
+                self._routes.append(_Route(leaf.source, chains))
+            found.append((leaf.rows if chosen is None else leaf.rows[chosen], places, known[key]))
+        self._rows = found[0][0]
+        self._route_of = None
+        if len(found) > 1:
+            self._rows = torch.empty(len(tree), dtype=torch.int64)
+            self._route_of = torch.empty(len(tree), dtype=torch.int64)
+            for rows, places, route in found:
+                self._rows[places], self._route_of[places] = rows, route
+
+    def load(self, index: Tensor) -> list[Tensor]:
+        """Return the samples at these places as one tensor for each of their elements."""
+        rows = self._rows.index_select(0, index)
+        if self._route_of is None or len(self._routes) == 1:
+            route = self._routes[0]
+            return route.load(rows, route.draw(len(rows)))
+        route_of = self._route_of[index]
+        drawn: dict[int, list[list[Tensor]]] = {}
+        # Random numbers are drawn in the order of the samples.
+        routes, lengths = torch.unique_consecutive(route_of, return_counts=True)
+        for i, samples in zip(routes.tolist(), lengths.tolist(), strict=True):
+            drawn.setdefault(i, []).append(self._routes[i].draw(samples))
+        places, batches = [], []
+        for i, runs in drawn.items():
+            where = (route_of == i).nonzero().flatten()
+            together = [torch.cat(values) for values in zip(*runs, strict=True)]
+            places.append(where)
+            batches.append(self._routes[i].load(rows[where], together))
+        order = torch.cat(places).argsort()
+        return [torch.cat(parts)[order] for parts in zip(*batches, strict=True)]
+
+
+class _Route:
+    """Samples of one source that go through the same transforms."""
+
+    def __init__(self, source: Source, chains: list[list[Any]]) -> None:
+        self._elements: list[tuple[Any, Pipeline]] = [
+            source.prepare(i, chain) for i, chain in enumerate(chains)
+        ]
+
+    def draw(self, samples: int) -> list[Tensor]:
+        return self._elements[0][1].draw(samples)
+
+    def load(self, rows: Tensor, drawn: list[Tensor]) -> list[Tensor]:
+        return [
+            pipeline(stored.take(rows), drawn if i == 0 else ())
+            for i, (stored, pipeline) in enumerate(self._elements)
+        ]
+
+
+# --- reading a tree -------------------------------------------------------------------------------
+
+_Part = tuple[Any, Tensor | None, Tensor | None]
+"""A dataset, which of its samples (None for all), and their places among those wanted."""
+
+
+def _parts(node: Any, wanted: Tensor | None) -> list[_Part] | None:
+    """Say which samples of which datasets a subset or concatenation has; None for other datasets.
+
+    The places are None if all that is wanted comes from one dataset.
+    """
+    own: Any = None
+    if isinstance(node, FlatData):
+        children, own = node._datasets, node._indices
+    elif type(node) is Subset:
+        children, own = [node.dataset], node.indices
+    elif type(node) is ConcatDataset:
+        children = node.datasets
+    else:
+        return None
+    if own is not None:
+        indices = torch.tensor([int(i) for i in own], dtype=torch.int64)
+        wanted = indices if wanted is None else indices[wanted]
+    if len(children) == 1:
+        return [(children[0], wanted, None)]
+    starts = torch.tensor([0, *ConcatDataset.cumsum(children)])
+    if wanted is None:
+        places = torch.arange(int(starts[-1])).split(starts.diff().tolist())
+        return [(child, None, where) for child, where in zip(children, places, strict=True)]
+    which = torch.bucketize(wanted, starts[1:], right=True)
+    parts: list[_Part] = []
+    for i in which.unique().tolist():
+        where = (which == i).nonzero().flatten()
+        parts.append((children[i], wanted[where] - starts[i], where))
+    return parts if len(parts) > 1 else [(*parts[0][:2], None)]
+
+
+def _leaves(
+    node: Any,
+    wanted: Tensor | None,
+    places: Tensor | None,
+    group: str,
+    outer: list[TupleTransform],
+) -> Iterator[tuple[Any, Tensor | None, Tensor | None, list[TupleTransform]]]:
+    """Yield the leaves, which of their samples, where these belong, and all their transforms."""
+    parts = None if isinstance(node, Rows) else _parts(node, wanted)
+    if parts is None:
+        yield node, wanted, places, outer
+        return
+    inner = _pair_transforms(node, group) + outer
+    for child, chosen, where in parts:
+        if where is None or places is None:
+            there = places if where is None else where
+        else:
+            there = places[where]
+        yield from _leaves(child, chosen, there, group, inner)
+
+
+def _transform_groups(node: Any) -> list[Any]:
+    """Return a node's frozen and other transforms, as they are applied; None where it has none."""
+    found = [getattr(node, f"{name}transform_groups", None) for name in ("_frozen_", "_")]
+    return [None if _is_empty(groups) else groups for groups in found]
+
+
+def _is_empty(groups: Any) -> bool:
+    # Avalanche puts a transform into such a group where it replaces a dataset's transforms.
+    return isinstance(groups, EmptyTransformGroups) and not any(groups.transform_groups.values())
+
+
+def _pair_transforms(node: Any, group: str) -> list[TupleTransform]:
+    """Return the node's transforms of whole samples, in the order of their application."""
+    try:
+        found = [groups[group] for groups in _transform_groups(node) if groups is not None]
+    except KeyError:
+        raise NotBatchableError(f"there are no transforms for {group!r}") from None
+    pairs: list[TupleTransform] = []
+    for transform in found:
+        parts = transform.transforms if type(transform) is MultiParamCompose else [transform]
+        for part in parts:
+            if part is not None and type(part) is not TupleTransform:
+                raise NotBatchableError(f"{part!r} transforms inputs and targets together")
+        pairs += [part for part in parts if part is not None]
+    return pairs
+
+
+def _chains(pairs: list[TupleTransform], width: int) -> list[list[Any]]:
+    """Return the transforms of each element of the samples, flat."""
+    return [
+        [t for pair in pairs if i < len(pair.transforms) for t in flat(pair.transforms[i])]
+        for i in range(width)
+    ]

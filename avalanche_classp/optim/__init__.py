@@ -1,0 +1,1 @@
+"""The optimizer; needs torch alone."""

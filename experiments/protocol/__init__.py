@@ -1,0 +1,1 @@
+"""What is run: config, benchmarks, models, methods, settings."""

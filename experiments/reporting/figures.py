@@ -1,0 +1,419 @@
+"""Figures of a table's rows, as the bytes of PNG files."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from experiments.reporting.labels import Point, place_labels, wrap_label
+
+Row = Mapping[str, Any]
+"""A row of :func:`experiments.reporting.report.table_rows`."""
+
+# Chosen by computation: under the common kinds of colour blindness as well (Machado et al. 2009,
+# full severity) any two of the first twelve are at least 21 apart in CIELAB. Of the extensions
+# classp-matrix is 14 from replay and 19 from the others, classp-consolidated 20 from all. The
+# markers tell the twelve apart without colour; CLASSP's lines are thicker.
+_STYLES = {
+    "naive": ("#a8a0b7", "o"),
+    "adagrad": ("#69599d", "s"),
+    "adam": ("#33a6f8", "D"),
+    "ewc": ("#2009dd", "^"),
+    "ewc-online": ("#5269fa", "v"),
+    "si": ("#8e1404", "<"),
+    "mas": ("#a8565c", ">"),
+    "lwf": ("#370c7d", "p"),
+    "rwalk": ("#75024b", "h"),
+    "replay": ("#cc9966", "P"),
+    "joint": ("#000000", "X"),
+    "classp": ("#d55e00", "*"),
+    "classp-matrix": ("#e8a400", "*"),
+    "classp-consolidated": ("#4b281e", "*"),
+}
+_OTHER_STYLE = ("#737765", "d")
+_LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_DPI = 150
+_COLOURS = "cividis"
+_LEGEND_WIDTH = 26  # characters
+
+
+def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
+    """Draw all figures; the same rows give the same bytes.
+
+    Args:
+        rows: as :func:`experiments.reporting.report.table_rows` makes them, at least one.
+        title: stands over every figure, above what its numbers are the mean of.
+
+    Returns:
+        File names (of :data:`CAPTIONS`, as far as there is something to draw) and the files'
+        contents.
+    """
+    several = [row for row in rows if len(row["forgetting_curve"]) > 0]
+    mapped = [row for row in rows if row["maps"]]
+    with_seeds = f"{title}\n{_seeds(rows)}"
+    with style.context("default"):  # whatever the user's matplotlibrc says
+        drawn = {
+            "accuracy.png": _accuracy(rows, with_seeds),
+            "forgetting.png": _forgetting(several, f"{title}\n{_seeds(several)}")
+            if several
+            else b"",
+            "matrix.png": _matrices(rows, with_seeds),
+            "memory.png": _against_memory(rows, with_seeds),
+            "time.png": _against_time(rows, with_seeds),
+            "map.png": _maps(mapped, title) if mapped else b"",
+        }
+    return {name: content for name, content in drawn.items() if content}
+
+
+CAPTIONS = {
+    "accuracy.png": "mean accuracy on the experiences so far, after each experience",
+    "forgetting.png": "mean forgetting of the experiences before, after each experience",
+    "matrix.png": "mean accuracy on every experience after every experience",
+    "memory.png": "average accuracy against the memory of the method",
+    "time.png": "average accuracy against training time",
+    "map.png": "the first layer's accumulators, after each experience: the brighter, the more "
+    "protected",
+}
+"""What each figure shows."""
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    least, most = min(row["n"] for row in rows), max(row["n"] for row in rows)
+    if most == 1:
+        return "one seed"
+    return "mean over " + (f"{most} seeds" if least == most else f"{least} to {most} seeds")
+
+
+def _with_intervals(title: str) -> str:
+    return title if title.endswith("one seed") else f"{title}, with 95 % interval"
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return each row's colour, marker and line; further settings of a method differ in the line.
+
+    CLASSP lies on top of the others.
+    """
+    seen: Counter[str] = Counter()
+    looks = []
+    for row in rows:
+        name = row["name"]
+        colour, marker = _STYLES.get(name, _OTHER_STYLE)
+        ours = name.startswith("classp")
+        looks.append(
+            {
+                "color": colour,
+                "marker": marker,
+                "markersize": 10 if ours else 7,
+                "linestyle": _LINES[seen[colour] % len(_LINES)],
+                "linewidth": 2.8 if ours else 1.4,
+                "zorder": 4 if ours else 3,
+            }
+        )
+        seen[colour] += 1
+    return looks
+
+
+def _accuracy(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the mean accuracy over the experiences seen so far, after each of them."""
+    label = "mean accuracy on the experiences so far, %"
+    return _curves(rows, "curve", 1, label, title, _limit_accuracy)
+
+
+def _forgetting(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the mean forgetting of the experiences before, from the second experience on."""
+    label = "mean forgetting of the experiences before, %"
+    return _curves(rows, "forgetting_curve", 2, label, title, lambda axes: None)
+
+
+def _curves(
+    rows: Sequence[Row],
+    key: str,
+    first: int,
+    label: str,
+    title: str,
+    limit: Callable[[Axes], None],
+) -> bytes:
+    """Draw a line for each row, over the number of experiences trained, from ``first`` on."""
+    figure = _new_figure(9, max(4.8, 0.3 * len(rows) + 1.2))
+    axes = figure.subplots()
+    for row, look in zip(rows, _looks(rows), strict=True):
+        mean, half = np.array(row[key]).T
+        x = np.arange(first, first + len(mean))
+        if row["name"] == "joint":  # a level to look up to, measured at the end alone
+            look |= {"linestyle": "--", "marker": "" if len(x) > 1 else look["marker"]}
+        axes.plot(x, mean, label="\n".join(wrap_label(row["method"], _LEGEND_WIDTH)), **look)
+        band = {"color": look["color"], "zorder": look["zorder"] - 2}
+        axes.fill_between(x, mean - half, mean + half, alpha=0.1, lw=0, **band)
+    axes.set(xlabel="experiences trained", ylabel=label)
+    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
+    last = first - 1 + max(len(row[key]) for row in rows)
+    axes.set_xticks([i + 1 for i in _ticks(last) if i + 1 >= first])
+    axes.grid(alpha=0.3)
+    limit(axes)
+    figure.legend(loc="outside right upper", handlelength=3.2, fontsize=9)
+    return _png(figure)
+
+
+def _limit_accuracy(axes: Axes) -> None:
+    """Cut what an interval has below 0 % and above 100 %."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2), min(high, 102))
+
+
+def _matrices(rows: Sequence[Row], title: str) -> bytes:
+    """Draw every setting's mean accuracy matrix, on one scale of colours."""
+    count = len(rows)
+    lines = -(-count // 4)
+    columns = -(-count // lines)
+    cells = max(len(row["matrix"][0]) for row in rows)
+    side = {1: 1.4, 2: 1.4}.get(cells, 2.2 if cells < 8 else 2.7)
+    figure = _new_figure(max(columns * side + 1.4, 5), lines * (side + 0.35) + 0.9)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, row in zip(grid.flat, rows, strict=False):
+        image = _matrix(axes, np.array(row["matrix"]))
+        axes.set_title("\n".join(wrap_label(row["method"], round(side * 9))), fontsize=9)
+    for axes in list(grid.flat)[count:]:
+        axes.axis("off")
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel("on experience j", fontsize=10)
+    figure.supylabel("after training on experience i", fontsize=10)
+    figure.colorbar(image, ax=grid, label="accuracy, %", aspect=30, pad=0.02)
+    return _png(figure)
+
+
+def _matrix(axes: Axes, matrix: np.ndarray) -> Any:
+    image = axes.imshow(matrix, cmap=_COLOURS, vmin=0, vmax=100)
+    height, width = matrix.shape
+    axes.set_xticks(_ticks(width), [str(i + 1) for i in _ticks(width)], fontsize=7)
+    if height == 1 < width:  # joint training has one row, after everything
+        axes.set_yticks([0], ["all"], fontsize=7)
+    else:
+        axes.set_yticks(_ticks(height), [str(i + 1) for i in _ticks(height)], fontsize=7)
+    axes.tick_params(length=2)
+    if width <= 10:
+        colours = colormaps[_COLOURS]
+        for (i, j), value in np.ndenumerate(matrix):
+            dark = sum(colours(value / 100)[:3]) < 1.5
+            text: dict[str, Any] = {
+                "color": "white" if dark else "black",
+                "fontsize": 9 if width < 8 else 6.5,
+            }
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", **text)
+    return image
+
+
+def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the accuracy over each hyper-parameter: a line of panels for each method.
+
+    A dotted line is at the searched value, and a value with which no run ended is a cross.
+
+    Args:
+        rows: as :func:`experiments.tuning.sensitivity.measure` returns them.
+        title: stands over the figure.
+
+    Returns:
+        The bytes of a PNG file.
+    """
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        panels.setdefault(row["method"], {}).setdefault(row["key"], []).append(row)
+    columns = max(map(len, panels.values()))
+    with style.context("default"):
+        figure = _new_figure(max(2.3 * columns + 1, 6), 2.4 * len(panels) + 0.9)
+        grid = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
+        for line, (method, own) in zip(grid, panels.items(), strict=True):
+            for axes, (key, values) in zip(line, own.items(), strict=False):
+                _sensitivity(axes, values)
+                axes.set_xlabel(key, fontsize=9)
+            for axes in line[len(own) :]:
+                axes.axis("off")
+            line[0].set_ylabel(f"{method}\naverage accuracy, %", fontsize=9)
+            _limit_accuracy(line[0])  # and with it the others'
+        seeds = _with_intervals(_seeds([row for row in rows if row["searched"]]))
+        figure.suptitle(f"{title}: one varied, the others as searched\n{seeds}", fontsize=11)
+    return _png(figure)
+
+
+def _sensitivity(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw a panel; the values stand at equal distances."""
+    colour, marker = _STYLES.get(rows[0]["method"], _OTHER_STYLE)
+    measured = [(i, row) for i, row in enumerate(rows) if row["n"]]
+    axes.errorbar(
+        [i for i, _ in measured],
+        [row["average_accuracy"] for _, row in measured],
+        np.nan_to_num([row["average_accuracy_ci95"] for _, row in measured]),
+        color=colour,
+        marker=marker,
+        lw=1.2,
+        elinewidth=1,
+        capsize=2,
+    )
+    for i, row in enumerate(rows):
+        if not row["n"]:
+            axes.plot(i, 0.03, "x", color="black", transform=axes.get_xaxis_transform())
+        elif row["searched"]:
+            axes.axvline(i, color="black", lw=0.8, ls=":")
+    values = [row["value"] for row in rows]
+    axes.set_xticks(range(len(rows)), [_short(value) for value in values])
+    axes.set_xlim(-0.4, len(rows) - 0.6)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, bool) else f"{value:.2g}"
+    return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def accuracy_matrix_figure(matrix: Sequence[Sequence[float]]) -> Figure:
+    """Draw one run's accuracy matrix.
+
+    Args:
+        matrix: accuracy, 0 to 1, on each experience (columns) after each (rows).
+    """
+    values = 100 * np.array(matrix)
+    with style.context("default"):
+        figure, axes = _new_square(values.shape[1])
+        _matrix(axes, values)
+        axes.set(xlabel="on experience j", ylabel="after training on experience i")
+        axes.set_title("accuracy, %", fontsize=11)
+    return figure
+
+
+def confusion_figure(counts: Sequence[Sequence[float]]) -> Figure:
+    """Draw a confusion matrix.
+
+    Args:
+        counts: of each class (rows), how many samples were taken for each (columns).
+    """
+    values = np.array(counts, dtype=float)
+    values = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
+    with style.context("default"):
+        figure, axes = _new_square(len(values))
+        _matrix(axes, values)
+        ticks = _ticks(len(values))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+        axes.set(xlabel="taken for class", ylabel="class")
+        axes.set_title("% of the class's samples", fontsize=11)
+    return figure
+
+
+def _new_square(cells: int) -> tuple[Figure, Axes]:
+    side = 4.2 if cells <= 10 else 6
+    figure = _new_figure(side, side)
+    return figure, figure.subplots()
+
+
+def _ticks(count: int) -> list[int]:
+    return [i for i in range(count) if count <= 10 or i == 0 or (i + 1) % 5 == 0]
+
+
+def _maps(rows: Sequence[Row], title: str) -> bytes:
+    """Draw the first layer's accumulators of each row's first seed, at most ten experiences."""
+    longest = max(len(row["maps"]) for row in rows)
+    shown = sorted({round(i) for i in np.linspace(0, longest - 1, min(longest, 10))})
+    figure = _new_figure(max(1.35 * len(shown) + 1.4, 5), 1.75 * len(rows) + 1.1)
+    grid = figure.subplots(len(rows), len(shown), squeeze=False)
+    values = np.concatenate([np.ravel(image) for row in rows for image in row["maps"]])
+    high = max(values.max(), 1e-30)
+    low = max(values[values > 0].min(initial=high), high * 1e-6)  # six decades tell enough
+    norm = LogNorm(low, high if high > low else 10 * low, clip=False)
+    colours = colormaps[_COLOURS].with_extremes(bad="#404040", under=colormaps[_COLOURS](0.0))
+    for line, row in zip(grid, rows, strict=True):
+        for axes, i in zip(line, shown, strict=True):
+            axes.set(xticks=[], yticks=[])
+            if i >= len(row["maps"]):
+                axes.axis("off")
+                continue
+            image = axes.imshow(np.ma.masked_equal(row["maps"][i], 0), cmap=colours, norm=norm)
+            axes.set_title(f"{i + 1}", fontsize=9)
+        line[0].set_ylabel("\n".join(wrap_label(row["method"], 20)), fontsize=8)
+    figure.suptitle(
+        f"{title}\nmean accumulator A in the first layer after experience …", fontsize=11
+    )
+    figure.colorbar(image, ax=grid, label="A (grey: 0)", aspect=20, pad=0.02)
+    return _png(figure)
+
+
+def _against_memory(rows: Sequence[Row], title: str) -> bytes:
+    figure = _new_figure(8, 5.2)
+    axes = figure.subplots()
+    _scatter(axes, rows, "state_bytes_per_parameter", title)
+    values = [row["state_bytes_per_parameter"][0] for row in rows]
+    # Powers of two, but linear from 0 to the smallest of them: several methods keep nothing.
+    least = min((value for value in values if value >= 1), default=1.0)
+    first = int(np.floor(np.log2(least)))
+    last = int(np.ceil(np.log2(max(*values, 2.0**first, 1))))
+    axes.set_xscale("symlog", base=2, linthresh=2.0**first)
+    axes.set_xlim(-0.4 * 2.0**first, 2.0**last * 1.6)
+    step = -(-(last - first + 1) // 9)
+    axes.set_xticks([0, *(2.0**i for i in range(first, last + 1, step))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set_xlabel("memory of the method beside the model, bytes per parameter")
+    _label(axes, rows, "state_bytes_per_parameter")
+    return _png(figure)
+
+
+def _against_time(rows: Sequence[Row], title: str) -> bytes:
+    figure = _new_figure(8, 5.2)
+    axes = figure.subplots()
+    _scatter(axes, rows, "seconds_per_experience", title)
+    values = [row["seconds_per_experience"][0] for row in rows]
+    decades = np.log10(max(values) / min(values))
+    subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    axes.set_xscale("log", nonpositive="clip")
+    axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_xlabel("training time per experience, s")
+    _label(axes, rows, "seconds_per_experience")
+    return _png(figure)
+
+
+def _scatter(axes: Axes, rows: Sequence[Row], key: str, title: str) -> None:
+    """Draw each row's accuracy against the key's value, both with their intervals."""
+    for row, look in zip(rows, _looks(rows), strict=True):
+        x, y = row[key], row["average_accuracy"]
+        bars = np.nan_to_num([x[1], y[1]])  # of one seed there is no interval
+        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(x[0], y[0], xerr=bars[0] or None, yerr=bars[1] or None, **look)
+    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
+    axes.set_ylabel("average accuracy, %")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+
+
+def _label(axes: Axes, rows: Sequence[Row], key: str) -> None:
+    """Write the methods' names beside their points, none over another."""
+    points = []
+    for row, look in zip(rows, _looks(rows), strict=True):
+        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
+        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
+        points.append(Point(text, x, y, dx, dy, look["color"]))
+    place_labels(axes, points)

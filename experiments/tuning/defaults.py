@@ -1,0 +1,198 @@
+"""Search one setting of CLASSP for all benchmarks: where the library's defaults come from.
+
+    python -m experiments.tuning.defaults [--trials N] [--try LR EPSILON POWER]... [--output FOLDER]
+        [--data-root FOLDER]
+
+Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
+is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
+accuracy over their scenarios. The first trials are those of ``--try``, with threshold 0; where it
+is not given, :data:`FORMER` and what was chosen for each benchmark alone
+(experiments/settings.json). The others are Optuna's. What is done is kept in
+``FOLDER/defaults.journal``, so the same command goes on after an interruption, and several of them
+share the work. ``defaults.csv`` lists all trials.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+from optuna.trial import FixedTrial, Trial
+from tqdm import tqdm
+
+from experiments.arguments import positive, script_parser
+from experiments.errors import DivergedError, UserError, exit_code
+from experiments.protocol.benchmarks import BENCHMARKS, require_data
+from experiments.protocol.config import Hyper
+from experiments.protocol.tuned_settings import make_config, searched_setting
+from experiments.running.records import make_folder, write_atomically
+from experiments.running.run import run
+from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
+
+PLACES: dict[str, dict[str, Any]] = {
+    "split-digits": {"train_share": 1.0},
+    "split-mnist": {"train_share": 1.0},
+    "split-fmnist": {"train_share": 0.5},
+    "permuted-mnist": {"train_share": 0.5, "experiences": 5},
+    "split-cifar10": {"train_share": 0.1},
+}
+"""The benchmarks, each with all its scenarios, and what a run takes of it. The epochs are the
+benchmarks' own: ten for the digits, else one. The parts differ, so that experiences are of few
+steps and of many: what learns fast enough in the former forgets too much in the latter."""
+
+
+FORMER: Hyper = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
+"""The library's defaults before this search."""
+
+
+def search_defaults(
+    trials: int, folder: Path, data_root: Path | None = None, first: Sequence[Hyper] = ()
+) -> None:
+    """Search until there are so many trials in the folder, and print the best.
+
+    Args:
+        trials: their number.
+        folder: keeps them.
+        data_root: see :func:`experiments.protocol.benchmarks.make_benchmark`.
+        first: what a new search tries first. Default: :data:`FORMER` and the searched settings.
+
+    Raises:
+        UserError: the data is missing, the folder holds another search, or a value in ``first`` is
+            none that the search could suggest.
+    """
+    enqueued = [_parameters(hyper) for hyper in first or (FORMER, *_searched())]
+    make_folder(folder)
+    study = open_study("defaults", folder, known=())
+    if study.user_attrs.get("places", PLACES) != PLACES:
+        raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
+    study.set_user_attr("places", PLACES)
+    if not study.trials:
+        for parameters in enqueued:
+            study.enqueue_trial(parameters)
+    with tqdm(total=trials, unit="trial", desc="search defaults") as bar:
+        while (done := len(ended_trials(study))) < trials:
+            bar.update(done - bar.n)
+            study.sampler = optuna.samplers.TPESampler(seed=done)
+            study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+        bar.update(trials - bar.n)
+    write_atomically(folder / "defaults.csv", _trials_csv(study))
+    best = study.best_trial
+    print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+
+
+def _parameters(hyper: Hyper) -> dict[str, Any]:
+    """Return what the space's suggestions would have to be."""
+    names = ("lr", "epsilon", "power") + ("threshold",) * (hyper["threshold"] > 0)
+    parameters = {"sparse": hyper["threshold"] > 0} | {name: hyper[name] for name in names}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rule_space(FixedTrial(parameters))
+    except (ValueError, UserWarning) as error:
+        raise UserError(f"{parameters} is outside of what is searched ({error})") from None
+    return parameters
+
+
+def _searched() -> Iterator[Hyper]:
+    """Yield what the searches chose for CLASSP on each of the benchmarks."""
+    for name in PLACES:
+        for scenario in BENCHMARKS[name].scenarios:
+            setting = searched_setting(name, scenario, "classp")
+            if setting is not None:
+                yield setting.hyper
+
+
+def _value(trial: Trial, data_root: Path | None) -> float:
+    hyper = rule_space(trial)
+    trial.set_user_attr("hyper", hyper)
+    found: dict[str, float] = {}
+    for name, part in PLACES.items():
+        for scenario in BENCHMARKS[name].scenarios:
+            found[f"{name}/{scenario}"] = _accuracy(name, scenario, hyper, part, data_root)
+    trial.set_user_attr("accuracies", found)
+    return _mean_over_benchmarks(found)
+
+
+def _accuracy(
+    name: str, scenario: str, hyper: dict[str, Any], part: dict[str, Any], data_root: Path | None
+) -> float:
+    """Return the accuracy of a run on validation data; 0 if the training diverges."""
+    spec = BENCHMARKS[name]
+    config = make_config(
+        name,
+        scenario,
+        "classp",
+        FIRST_TUNING_SEED,
+        {**hyper, "paper_phases": False},
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        validation=True,
+        **part,
+    )
+    try:
+        return float(run(config, data_root)["average_accuracy"])
+    except DivergedError:
+        return 0.0
+
+
+def _mean_over_benchmarks(found: dict[str, float]) -> float:
+    return fmean(
+        fmean(value for place, value in found.items() if place.startswith(f"{name}/"))
+        for name in PLACES
+    )
+
+
+def _trials_csv(study: optuna.Study) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    trials = ended_trials(study)
+    places = list(trials[0].user_attrs["accuracies"])
+    writer.writerow(["trial", "mean_accuracy", *places, "hyper"])
+    for number, trial in enumerate(trials):
+        accuracies: Iterable[float] = trial.user_attrs["accuracies"].values()
+        values = [f"{value:.6f}" for value in (trial.value or 0.0, *accuracies)]
+        writer.writerow([number, *values, json.dumps(trial.user_attrs["hyper"])])
+    return out.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = script_parser("experiments.tuning.defaults", __doc__)
+    parser.add_argument("--trials", type=positive, default=40, help="default: %(default)s")
+    parser.add_argument(
+        "--try",
+        dest="first",
+        nargs=3,
+        action="append",
+        default=[],
+        type=float,
+        metavar=("LR", "EPSILON", "POWER"),
+        help="what a new search tries first, with threshold 0; may be given several times",
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
+    options = parser.parse_args(arguments)
+
+    first: list[Hyper] = [
+        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
+        for lr, epsilon, power in options.first
+    ]
+
+    def work() -> None:
+        for name in PLACES:
+            require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
+        search_defaults(options.trials, options.output, options.data_root, first)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,466 @@
+"""Choose every method's settings on validation data, with the same budget for each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import BaseTrial, Trial, TrialState
+from tqdm import tqdm
+
+from experiments.errors import DivergedError, UserError, one_line
+from experiments.protocol.benchmarks import require_data
+from experiments.protocol.config import Hyper, RunConfig
+from experiments.protocol.tuned_settings import Setting, make_config, place_of
+from experiments.running.processes import make_pool, stop
+from experiments.running.records import make_folder, write_atomically
+from experiments.running.run import run
+
+FIRST_TUNING_SEED = 1000
+"""The seeds from here on are the search's; final runs use the seeds from 0 on."""
+
+
+def rule_space(trial: BaseTrial) -> dict[str, Any]:
+    """Suggest CLASSP's own hyper-parameters."""
+    return {
+        "lr": _log(trial, "lr", 1e-4, 0.3),
+        "threshold": _log(trial, "threshold", 1e-8, 1e-3) if _flag(trial, "sparse") else 0.0,
+        "epsilon": _log(trial, "epsilon", 1e-12, 5.0),
+        "power": trial.suggest_float("power", 0.5, 3.0),
+    }
+
+
+FEWEST_TO_COMPARE = 8
+"""Trials that must have come as far before one can be cut short."""
+
+
+def matrix_space(trial: Trial) -> dict[str, Any]:
+    """Suggest the hyper-parameters of matrix accumulators."""
+    rule = _matrix_rule(trial, free_rate=(0.01, 1.0), epsilon=(1e-4, 5.0), power=(0.5, 2.5))
+    return {**rule, "both_sides": _flag(trial, "both_sides")}
+
+
+def _consolidated_space(trial: Trial) -> dict[str, Any]:
+    rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
+    return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
+
+
+_Limits = tuple[float, float]
+
+
+def _matrix_rule(
+    trial: Trial, free_rate: _Limits, epsilon: _Limits, power: _Limits
+) -> dict[str, float]:
+    rate, eps = _log(trial, "free_rate", *free_rate), _log(trial, "epsilon", *epsilon)
+    exponent = trial.suggest_float("power", *power)
+    return {"lr": rate * eps ** (1 / exponent), "epsilon": eps, "power": exponent}
+
+
+_Space = Callable[[Trial], dict[str, Any]]
+
+_PENALTIES: dict[str, _Space] = {
+    "ewc": lambda t: {"ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7)},
+    "si": lambda t: {
+        "si_lambda": _log(t, "si_lambda", 1e-3, 1e7),
+        "eps": _log(t, "eps", 1e-4, 1.0),
+    },
+    "mas": lambda t: {
+        "lambda_reg": _log(t, "lambda_reg", 1e-5, 1e5),
+        "alpha": t.suggest_float("alpha", 0.0, 1.0),
+    },
+    "lwf": lambda t: {
+        "alpha": _log(t, "alpha", 1e-2, 1e2),
+        "temperature": t.suggest_float("temperature", 1.0, 4.0),
+    },
+}
+"""What these methods add to the loss; how the sum is followed down is another space."""
+
+
+def _sgd_space(trial: Trial) -> dict[str, Any]:
+    return {"lr": _log(trial, "lr", 1e-5, 1.0)}
+
+
+def _both(first: _Space, second: _Space) -> _Space:
+    return lambda trial: {**first(trial), **second(trial)}
+
+
+SPACES: dict[str, _Space] = {
+    "naive": _sgd_space,
+    "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
+    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
+    **{method: _both(_sgd_space, own) for method, own in _PENALTIES.items()},
+    "ewc-online": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
+        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
+    },
+    "rwalk": lambda t: {
+        "lr": _log(t, "lr", 1e-5, 1.0),
+        "ewc_lambda": _log(t, "ewc_lambda", 1e-5, 1e5),
+        "ewc_alpha": t.suggest_float("ewc_alpha", 0.1, 1.0),
+        "delta_t": t.suggest_int("delta_t", 1, 100, log=True),
+    },
+    "replay": _sgd_space,
+    "joint": _sgd_space,
+    "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
+    "classp-matrix": matrix_space,
+    "classp-consolidated": _consolidated_space,
+    **{f"{method}-matrix": _both(own, matrix_space) for method, own in _PENALTIES.items()},
+}
+"""Each method's space. Learning rates reach down to where a method hardly moves, because slow
+learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
+importances depend on the batch size and the number of steps; distillation's spans four, around the
+weight of the loss itself; Adam moves every weight by about lr in each step, so its lr goes lower
+than the others'; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
+size of the replay buffer is not searched: more is better. With matrix accumulators lr follows from
+the rate in directions that are still free, lr / epsilon^(1/power), which is SGD's and has SGD's
+limits; the rank is not searched, for the same reason as the buffer. With consolidation the rate
+goes to 3: what was learnt is protected by the factor, and trials with the other space had their
+best rates at its end."""
+
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
+    return trial.suggest_float(name, low, high, log=True)
+
+
+def _flag(trial: BaseTrial, name: str) -> bool:
+    return trial.suggest_categorical(name, [False, True])
+
+
+def search(
+    benchmark: str,
+    scenario: str,
+    methods: Sequence[str],
+    folder: Path,
+    trials: int,
+    tuning_seeds: int,
+    epochs_choices: Sequence[int],
+    batch_size: int,
+    data_root: Path | None = None,
+    train_share: float = 1.0,
+    jobs: int = 1,
+    finalists: int = 0,
+    finalist_seeds: int = 3,
+    **fixed: Any,
+) -> dict[str, Setting]:
+    """Search each method's settings; continue a search that was cut off in the same folder.
+
+    A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
+    trial whose training diverges has none, and counts. So does one that is cut short: after half
+    of the experiences (not after the first), with the first tuning seed, its mean accuracy on
+    them is compared with that of the earlier trials; below their median, if there are
+    :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE, seeded by the number of trials
+    begun.
+
+    With ``finalists`` the best trials are run with more seeds, and the best mean over all their
+    seeds is chosen: a setting that trains well with one seed and fails with another is found out.
+    They train on all of the data; where the trials had a part of it, the mean is of these runs
+    alone, since a part can rank settings otherwise.
+
+    Args:
+        benchmark: the benchmark's name.
+        scenario: the scenario's name.
+        methods: the methods' names.
+        folder: receives ``METHOD.journal`` (Optuna's storage), and ``trials.csv`` and
+            ``settings.json`` of all methods searched there.
+        trials: trials for each method.
+        tuning_seeds: number of seeds that each trial is run with.
+        epochs_choices: see :class:`experiments.protocol.benchmarks.Benchmark`.
+        batch_size: of every trial.
+        data_root: see :func:`experiments.protocol.benchmarks.make_benchmark`.
+        train_share: see :class:`experiments.protocol.config.RunConfig`.
+        jobs: methods searched at the same time.
+        finalists: how many trials of each method are run with more seeds.
+        finalist_seeds: with how many more.
+        **fixed: other RunConfig fields for every trial, such as ``model``.
+
+    Returns:
+        The best setting of each method.
+
+    Raises:
+        UserError: the data is missing, the folder holds another search, or no trial of a method
+            succeeded.
+    """
+    for method in methods:
+        # Wrong arguments are refused before anything is written.
+        make_config(
+            benchmark,
+            scenario,
+            method,
+            FIRST_TUNING_SEED,
+            validation=True,
+            train_share=train_share,
+            **fixed,
+        )
+    make_folder(folder)
+    require_data(benchmark, scenario, data_root)
+    arguments = {
+        "benchmark": benchmark,
+        "scenario": scenario,
+        "tuning_seeds": tuning_seeds,
+        "epochs_choices": list(epochs_choices),
+        "batch_size": batch_size,
+        "train_share": train_share,
+        "fixed": fixed,
+    }
+    searched_before = {path.stem for path in folder.glob("*.journal")}
+    for method in sorted(searched_before - set(methods)):
+        open_study(method, folder)  # it is read at the end: one that cannot be read is known now
+    for method in methods:
+        study = open_study(method, folder)
+        before = study.user_attrs.get("arguments", arguments)
+        if before != arguments:
+            raise UserError(
+                f"{folder} holds a search of {method} with other arguments ({before}); give "
+                f"another --output"
+            )
+        study.set_user_attr("arguments", arguments)
+    with (
+        make_pool(min(jobs, len(methods))) as pool,
+        tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
+    ):
+        futures = [
+            pool.submit(
+                _search_method, method, folder, trials, finalists, finalist_seeds, data_root
+            )
+            for method in methods
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            stop(pool)
+            raise
+    searched = [path.stem for path in sorted(folder.glob("*.journal"))]
+    # Another search of other methods may have just begun.
+    studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
+    write_atomically(folder / "trials.csv", _trials_csv(studies))
+    settings = {method: _best(study, batch_size) for method, study in studies.items()}
+    place = place_of(benchmark, scenario, fixed.get("model"))
+    chosen = {place: {m: s.as_dict() for m, s in settings.items()}}
+    write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
+    return {method: settings[method] for method in methods}
+
+
+def _search_method(
+    method: str,
+    folder: Path,
+    trials: int,
+    finalists: int,
+    finalist_seeds: int,
+    data_root: Path | None,
+) -> None:
+    study = open_study(method, folder)
+    while len(ended_trials(study)) < trials:
+        # With those that another process has begun: it would begin with the same values.
+        begun = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(seed=begun)
+        study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+    _run_finalists(study, finalists, finalist_seeds, data_root)
+
+
+def config_of(
+    study: optuna.Study, epochs: int, hyper: Hyper, seed: int, train_share: float | None = None
+) -> RunConfig:
+    """Return the config of a search's run.
+
+    Args:
+        study: the search of one method.
+        epochs: the trial's.
+        hyper: the trial's.
+        seed: number of the tuning seed, from 0.
+        train_share: another share of the training data than the search's.
+    """
+    arguments = study.user_attrs["arguments"]
+    return make_config(
+        arguments["benchmark"],
+        arguments["scenario"],
+        study.study_name,
+        FIRST_TUNING_SEED + seed,
+        hyper,
+        epochs=epochs,
+        batch_size=arguments["batch_size"],
+        validation=True,
+        train_share=train_share or arguments["train_share"],
+        **arguments["fixed"],
+    )
+
+
+def _value(trial: Trial, data_root: Path | None) -> float:
+    """Return a trial's mean accuracy over the tuning seeds.
+
+    Raises:
+        TrialPruned: it diverged, or was cut short.
+    """
+    study = trial.study
+    arguments = study.user_attrs["arguments"]
+    epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
+    hyper = SPACES[study.study_name](trial)
+    trial.set_user_attr("hyper", hyper)
+
+    def judge(experiences: int, measure: Callable[[], float]) -> None:
+        if experiences != max(2, config.experiences // 2):
+            return
+        # Optuna's pruners compare the best value so far, which here is the first one.
+        value = measure()
+        trial.report(value, experiences)
+        others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
+        if _is_hopeless(value, others):
+            trial.set_user_attr("cut_after", experiences)
+            raise optuna.TrialPruned
+
+    values = []
+    for seed in range(arguments["tuning_seeds"]):
+        config = config_of(study, epochs, hyper, seed)
+        try:
+            result = run(config, data_root, judge=judge if seed == 0 else None)
+        except DivergedError:
+            raise optuna.TrialPruned from None
+        values.append(result["average_accuracy"])
+    return fmean(values)
+
+
+def _run_finalists(
+    study: optuna.Study, finalists: int, finalist_seeds: int, data_root: Path | None
+) -> None:
+    """Run the best trials with more seeds.
+
+    What is done is kept in the study's ``finalists``: by number of the trial, the accuracies with
+    the additional seeds and all of the data, 0 where one diverged.
+    """
+    tuning_seeds = study.user_attrs["arguments"]["tuning_seeds"]
+    known: dict[str, list[float]] = study.user_attrs.get("finalists", {})
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    whole.sort(key=lambda trial: trial.value or 0.0, reverse=True)
+    for i in range(finalist_seeds):
+        for trial in whole[:finalists]:
+            values = known.setdefault(str(trial.number), [])
+            if len(values) > i:
+                continue
+            epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
+            config = config_of(study, epochs, hyper, tuning_seeds + i, train_share=1.0)
+            try:
+                values.append(run(config, data_root)["average_accuracy"])
+            except DivergedError:
+                values.append(0.0)
+            study.set_user_attr("finalists", known)
+
+
+def _is_hopeless(value: float, others: Sequence[float | None]) -> bool:
+    known = [other for other in others if other is not None]
+    return len(known) >= FEWEST_TO_COMPARE and value < median(known)
+
+
+_LINE = b'{"op_code":'
+
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Optuna raises for lines that are not its own."""
+
+
+def open_study(method: str, folder: Path, known: Sequence[str] = ("epochs",)) -> optuna.Study:
+    """Open the journal of this name, or make it; its trials must have the parameters ``known``.
+
+    A last line that a killed process was just writing is cut off.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    # With a relative path Optuna's lock would be a link to nowhere, which is waited for forever.
+    path = folder.resolve() / f"{method}.journal"
+    if path.exists():
+        _mend(path)
+    try:
+        study = optuna.create_study(
+            study_name=method,
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        for trial in ended_trials(study):
+            [trial.params[name] for name in known], trial.user_attrs["hyper"]
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path} is not a whole journal of a search ({one_line(error)}); move it away to begin "
+            f"anew"
+        ) from error
+    return study
+
+
+def _mend(path: Path) -> None:
+    """Cut off the line that a killed process was just writing: Optuna could not read on after it.
+
+    Raises:
+        UserError: it is no journal; it is left as it is.
+    """
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+        torn = rest != b"" and _LINE.startswith(rest[: len(_LINE)])
+        if not all(line.startswith(_LINE) for line in lines) or (rest and not torn):
+            raise UserError(f"{path} is no journal of a search; move it away to begin anew")
+        if torn:
+            os.truncate(path, path.stat().st_size - len(rest))
+    finally:
+        lock.release()
+
+
+def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that count."""
+    # One that a killed process had begun stays RUNNING, one that raised is FAIL: both are redone.
+    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def _best(study: optuna.Study, batch_size: int) -> Setting:
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    if not whole:
+        raise UserError(f"no trial of {study.study_name} succeeded; give more --trials")
+    values = _with_all_seeds(study)
+    finalists = [trial for trial in whole if trial.number in values]
+    best = max(finalists, key=lambda trial: values[trial.number]) if finalists else study.best_trial
+    return Setting(best.params["epochs"], batch_size, best.user_attrs["hyper"])
+
+
+def _with_all_seeds(study: optuna.Study) -> dict[int, float]:
+    """Return the finalists' mean accuracy over all their seeds, by number of the trial."""
+    finalists: dict[str, list[float]] = study.user_attrs.get("finalists", {})
+    arguments = study.user_attrs["arguments"]
+    seeds = arguments["tuning_seeds"] if arguments["train_share"] == 1 else 0
+    return {
+        trial.number: (seeds * (trial.value or 0.0) + sum(more)) / (seeds + len(more))
+        for trial in study.trials
+        if (more := finalists.get(str(trial.number)))
+    }
+
+
+def _trials_csv(studies: dict[str, optuna.Study]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["method", "trial", "validation_accuracy", "cut_after", "all_seeds", "epochs", "hyper"]
+    )
+    for method, study in studies.items():
+        all_seeds = _with_all_seeds(study)
+        for number, trial in enumerate(ended_trials(study)):
+            # Of one that was cut short Optuna has the last value that it was compared by.
+            whole = trial.state == TrialState.COMPLETE
+            value = f"{trial.value:.6f}" if whole else ""
+            hyper = json.dumps(trial.user_attrs.get("hyper", {}))
+            cut = trial.user_attrs.get("cut_after", "")
+            mean = f"{all_seeds[trial.number]:.6f}" if trial.number in all_seeds else ""
+            writer.writerow([method, number, value, cut, mean, trial.params["epochs"], hyper])
+    return out.getvalue()

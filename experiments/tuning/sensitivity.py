@@ -1,0 +1,216 @@
+"""How far the accuracy depends on each hyper-parameter: one is varied, the others stay.
+
+    python -m experiments.tuning.sensitivity --benchmark split-mnist --scenario class
+
+The others are those of ``compare``: what the search chose. Every hyper-parameter that it chose is
+varied, with the final seeds and on test data, so what is seen here may choose nothing. The folder
+receives a result file for each run (what is done is not done again), ``sensitivity.csv`` and
+``sensitivity.png``; experiments/results/README.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.arguments import add_jobs, script_parser, seed_count
+from experiments.errors import UserError, exit_code
+from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS
+from experiments.protocol.config import RunConfig
+from experiments.protocol.methods import METHODS, count_steps
+from experiments.protocol.tuned_settings import make_config, searched_setting
+from experiments.reporting.figures import draw_sensitivity
+from experiments.reporting.report import mean_interval
+from experiments.running.compare import run_all
+from experiments.running.records import Results, write_atomically
+
+RATES = (0.25, 0.5, 2.0, 4.0)
+"""What a learning rate is multiplied by."""
+
+FACTORS = (0.01, 0.1, 10.0, 100.0)
+"""What any other hyper-parameter is multiplied by."""
+
+STEPS = (-0.5, -0.25, 0.25, 0.5)
+"""What is added to the power."""
+
+THRESHOLDS = (1e-8, 1e-6, 1e-4)
+"""What is tried where the search chose 0."""
+
+COLUMNS = (
+    "method",
+    "key",
+    "value",
+    "searched",
+    "n",
+    "average_accuracy",
+    "average_accuracy_ci95",
+    "difference",
+    "difference_ci95",
+)
+"""The columns of ``sensitivity.csv``."""
+
+
+def values_around(key: str, value: Any) -> list[Any]:
+    """Return the values of a hyper-parameter that are compared, the one given among them."""
+    if isinstance(value, bool):
+        return [False, True]
+    if key == "power":
+        others = [value + step for step in STEPS]
+    elif value == 0:
+        others = list(THRESHOLDS)
+    else:
+        factors = RATES if key == "lr" else FACTORS
+        others = [type(value)(value * factor) for factor in factors]
+    return sorted([value, *others])
+
+
+def variations(
+    benchmark: str, scenario: str, method: str, seed: int
+) -> Iterator[tuple[str, RunConfig]]:
+    """Yield a hyper-parameter's name and a config, for each of its values.
+
+    What a method refuses is left out.
+
+    Raises:
+        UserError: nothing was searched for this method.
+    """
+    searched = searched_setting(benchmark, scenario, method)
+    if searched is None:
+        raise UserError(f"nothing was searched for {method} on {benchmark}, {scenario}")
+    for key, value in searched.hyper.items():
+        for other in values_around(key, value):
+            try:
+                yield key, make_config(benchmark, scenario, method, seed, {key: other})
+            except UserError:
+                continue
+
+
+def measure(
+    benchmark: str,
+    scenario: str,
+    methods: Sequence[str],
+    seeds: int,
+    folder: Path,
+    jobs: int | None = None,
+    data_root: Path | None = None,
+    command: str = "",
+) -> list[dict[str, Any]]:
+    """Do the runs that are not done yet, and return a row for each value.
+
+    Each has what is in :data:`COLUMNS`; a value with which no run ended has no more than ``n``.
+
+    Raises:
+        UserError: a method was not searched, the data is missing, or the searched setting failed.
+    """
+    groups: dict[tuple[str, str, Any], list[RunConfig]] = {}
+    for method in methods:
+        for seed in range(seeds):
+            for key, config in variations(benchmark, scenario, method, seed):
+                groups.setdefault((method, key, config.hyper[key]), []).append(config)
+    results = Results(folder)
+    configs = [config for group in groups.values() for config in group]
+    run_all(configs, results, data_root, jobs, count_steps, command)
+    found = {
+        key: 100 * result["average_accuracy"] for key, result in results.finished(configs).items()
+    }
+    searched = {
+        method: [make_config(benchmark, scenario, method, seed) for seed in range(seeds)]
+        for method in methods
+    }
+    rows = []
+    for (method, key, value), group in groups.items():
+        pairs = [
+            (found[config.key()], found[own.key()])
+            for config, own in zip(group, searched[method], strict=True)
+            if config.key() in found and own.key() in found
+        ]
+        row = {"method": method, "key": key, "value": value, "searched": group == searched[method]}
+        row["n"] = len(pairs)
+        if pairs:
+            accuracy = mean_interval([varied for varied, _ in pairs])
+            difference = mean_interval([varied - own for varied, own in pairs])
+            row |= dict(zip(COLUMNS[5:], (*accuracy, *difference), strict=True))
+        elif row["searched"]:
+            raise UserError(f"no run of {method} with its searched setting ended; see {folder}")
+        rows.append(row)
+    return rows
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:.3g}"
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line for each hyper-parameter: its values (*: searched) with their accuracies."""
+    lines = []
+    for method, key in dict.fromkeys((row["method"], row["key"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["key"]) == (method, key)]
+        cells = [
+            f"{_shown(row['value'])}{'*' * row['searched']}: "
+            + (f"{row['average_accuracy']:.1f}" if row["n"] else "no run ended")
+            for row in own
+        ]
+        lines.append(f"{method}, {key}: {', '.join(cells)}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = script_parser("experiments.tuning.sensitivity", __doc__)
+    parser.add_argument("--benchmark", default="split-mnist", choices=BENCHMARKS, metavar="NAME")
+    parser.add_argument("--scenario", default="class", choices=SCENARIOS, metavar="NAME")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["classp", "classp-matrix"],
+        choices=METHODS,
+        metavar="METHOD",
+        help="default: classp classp-matrix",
+    )
+    parser.add_argument(
+        "--seeds", type=seed_count, default=5, metavar="N", help="default: %(default)s"
+    )
+    add_jobs(parser, "runs at a time")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
+    options = parser.parse_args(arguments)
+    place = f"{options.benchmark}-{options.scenario}"
+    folder = options.output or Path("results") / f"sensitivity-{place}"
+    words = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "experiments.tuning.sensitivity", *words])
+
+    def work() -> None:
+        rows = measure(
+            options.benchmark,
+            options.scenario,
+            list(dict.fromkeys(options.methods)),
+            options.seeds,
+            folder,
+            options.jobs,
+            options.data_root,
+            command,
+        )
+        write_atomically(folder / "sensitivity.csv", _csv(rows))
+        title = f"{options.benchmark}, {options.scenario}-incremental"
+        write_atomically(folder / "sensitivity.png", draw_sensitivity(rows, title))
+        print(summary(rows))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Tell whether a part of the training data ranks settings as all of it does.
+
+    python -m experiments.tuning.subset_ranking
+    FOLDER --methods METHOD ... [--jobs N] [--data-root FOLDER]
+
+FOLDER holds a search with ``--train-share`` below 1. Its trials, those that were not cut short,
+are run again with all of the training data (validation data aside), the same seeds and otherwise
+the same settings. ``FOLDER/share.csv`` has both accuracies of every trial. Printed are, for each
+method, Spearman's rank correlation of the two and what the choice by the part costs: the best
+accuracy with all of the data, less that of the trial that is best with the part. What is done is
+kept, so the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from optuna.trial import TrialState
+from scipy.stats import spearmanr
+
+from experiments.arguments import add_jobs, script_parser
+from experiments.errors import UserError, exit_code
+from experiments.protocol.config import RunConfig
+from experiments.running.compare import run_all
+from experiments.running.records import Results, write_atomically
+from experiments.tuning.search import config_of, open_study
+
+
+def compare_shares(
+    folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
+) -> list[dict[str, Any]]:
+    """Run the trials again and return, for each, ``method``, ``trial``, ``part`` and ``whole``.
+
+    Both are means over the tuning seeds; a run that diverges with all of the data counts as 0.
+
+    Raises:
+        UserError: the folder holds no search of a method, one with all of the data, or less than
+            two trials that were not cut short.
+    """
+    trials: dict[tuple[str, int], tuple[float, list[RunConfig]]] = {}
+    for method in methods:
+        if not (folder / f"{method}.journal").is_file():
+            raise UserError(f"{folder} holds no search of {method}; name one with --methods")
+        study = open_study(method, folder)
+        arguments = study.user_attrs["arguments"]
+        if arguments["train_share"] == 1:
+            raise UserError(f"{folder} holds a search of {method} with all of the data already")
+        whole_trials = study.get_trials(states=(TrialState.COMPLETE,))
+        if len(whole_trials) < 2:
+            raise UserError(f"{folder} has no two trials of {method} to rank; search more")
+        for trial in whole_trials:
+            epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
+            configs = [
+                config_of(study, epochs, hyper, seed, train_share=1.0)
+                for seed in range(arguments["tuning_seeds"])
+            ]
+            trials[method, trial.number] = (trial.value or 0.0, configs)
+    results = Results(folder / "share")
+    run_all([c for _, configs in trials.values() for c in configs], results, data_root, jobs)
+    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
+    return [
+        {
+            "method": method,
+            "trial": number,
+            "part": part,
+            "whole": fmean(found[config.key()] for config in configs),
+        }
+        for (method, number), (part, configs) in trials.items()
+    ]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line for each method."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        part, whole = ([row[key] for row in own] for key in ("part", "whole"))
+        cost = max(whole) - max(own, key=lambda row: row["part"])["whole"]
+        lines.append(
+            f"{method}: {len(own)} trials, rank correlation {spearmanr(part, whole).statistic:.2f},"
+            f" the choice costs {100 * cost:.1f} points"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    parser = script_parser("experiments.tuning.subset_ranking", __doc__)
+    parser.add_argument("folder", type=Path, help="where the journals of the search are")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
+    add_jobs(parser, "runs at a time")
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        rows = compare_shares(options.folder, options.methods, options.jobs, options.data_root)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(options.folder / "share.csv", out.getvalue())
+        print(summary(rows))
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
