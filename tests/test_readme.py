@@ -15,7 +15,7 @@ from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.protocol.tuned_settings import place_of
 from experiments.reporting.report import markdown_table, table_rows
-from experiments.reporting.side_by_side import overview
+from experiments.reporting.side_by_side import side_by_side
 from experiments.running.records import Results
 from experiments.tuning import sensitivity
 
@@ -115,7 +115,7 @@ def test_the_readme_shows_the_main_tables():
         *("split-fmnist-class", "split-fmnist-domain", "split-fmnist-task", "mnist-fmnist-domain"),
         *("split-cifar10-task", "split-cifar10-class"),
     ]
-    for table in overview([RESULTS / name for name in names]):
+    for table in side_by_side([RESULTS / name for name in names]):
         assert table in README
 
 

@@ -27,7 +27,7 @@ Table = Mapping[str, Mapping[str, Any]]
 """The rows of a comparison, by method."""
 
 
-def overview(folders: Sequence[Path]) -> list[str]:
+def side_by_side(folders: Sequence[Path]) -> list[str]:
     """Return a Markdown table for each of :data:`KEYS`.
 
     Raises:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = script_parser("experiments.reporting.side_by_side", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     folders = parser.parse_args(arguments).folders
-    return exit_code(lambda: print("\n\n".join(overview(folders))))
+    return exit_code(lambda: print("\n\n".join(side_by_side(folders))))
 
 
 if __name__ == "__main__":

@@ -62,10 +62,9 @@ class Seconds:
         return sum(self.train) + self.evaluation
 
 
-def measure_loading(
-    name: str, case: Case, experiences: int, pairs: int, data_root: Path | None
-) -> None:
+def measure_loading(name: str, case: Case, quick: bool, pairs: int, data_root: Path | None) -> None:
     """Compare plain SGD, training and evaluation after each experience, on both data paths."""
+    experiences = case.experiences[not quick]
     stock = _benchmark(name, experiences, data_root)
     turns: list[tuple[Seconds, Seconds]] = []
     for _ in range(pairs):

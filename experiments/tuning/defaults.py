@@ -54,21 +54,35 @@ FORMER: Hyper = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
 
 
 def search_defaults(
-    trials: int, folder: Path, data_root: Path | None = None, first: Sequence[Hyper] = ()
-) -> None:
-    """Search until there are so many trials in the folder, and print the best.
+    trials: int = 40,
+    first: Sequence[tuple[float, float, float]] = (),
+    output: Path = Path("results/defaults"),
+    data_root: Path | None = None,
+) -> str:
+    """Search until the folder has so many trials, and write ``defaults.csv``.
 
     Args:
         trials: their number.
-        folder: keeps them.
-        data_root: see :func:`experiments.protocol.benchmarks.make_benchmark`.
-        first: what a new search tries first. Default: :data:`FORMER` and the searched settings.
+        first: lr, epsilon and power of what a new search tries first, with threshold 0. Default:
+            :data:`FORMER` and the searched settings.
+        output: the folder that keeps the trials.
+        data_root: folder of the datasets.
+
+    Returns:
+        The best mean accuracy and its hyper-parameters, to print.
 
     Raises:
         UserError: the data is missing, the folder holds another search, or a value in ``first`` is
             none that the search could suggest.
     """
-    enqueued = [_parameters(hyper) for hyper in first or (FORMER, *_searched())]
+    for name in PLACES:
+        require_data(name, BENCHMARKS[name].scenarios[0], data_root)
+    folder = output
+    tried: list[Hyper] = [
+        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
+        for lr, epsilon, power in first
+    ]
+    enqueued = [_parameters(hyper) for hyper in tried or (FORMER, *_searched())]
     make_folder(folder)
     study = open_study("defaults", folder, known=())
     if study.user_attrs.get("places", PLACES) != PLACES:
@@ -85,7 +99,7 @@ def search_defaults(
         bar.update(trials - bar.n)
     write_atomically(folder / "defaults.csv", _trials_csv(study))
     best = study.best_trial
-    print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+    return f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}"
 
 
 def _parameters(hyper: Hyper) -> dict[str, Any]:
@@ -181,15 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
 
-    first: list[Hyper] = [
-        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
-        for lr, epsilon, power in options.first
-    ]
-
     def work() -> None:
-        for name in PLACES:
-            require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
-        search_defaults(options.trials, options.output, options.data_root, first)
+        print(search_defaults(options.trials, options.first, options.output, options.data_root))
 
     return exit_code(work)
 

@@ -168,6 +168,43 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_sensitivity(
+    benchmark: str = "split-mnist",
+    scenario: str = "class",
+    methods: Sequence[str] = ("classp", "classp-matrix"),
+    seeds: int = 5,
+    output: Path | None = None,
+    jobs: int | None = None,
+    data_root: Path | None = None,
+    command: str = "",
+) -> str:
+    """Vary each searched hyper-parameter and write ``sensitivity.csv`` and ``sensitivity.png``.
+
+    Args:
+        benchmark: the benchmark's name.
+        scenario: the scenario's name.
+        methods: the methods' names.
+        seeds: number of seeds, from 0 on.
+        output: the folder. Default: ``results/sensitivity-BENCHMARK-SCENARIO``.
+        jobs: runs at a time. Default: as many as cores.
+        data_root: folder of the datasets.
+        command: saved with each result.
+
+    Returns:
+        A line for each hyper-parameter, to print.
+
+    Raises:
+        UserError: see :func:`measure`.
+    """
+    folder = output or Path("results") / f"sensitivity-{benchmark}-{scenario}"
+    unique = list(dict.fromkeys(methods))
+    rows = measure(benchmark, scenario, unique, seeds, folder, jobs, data_root, command)
+    write_atomically(folder / "sensitivity.csv", _csv(rows))
+    title = f"{benchmark}, {scenario}-incremental"
+    write_atomically(folder / "sensitivity.png", draw_sensitivity(rows, title))
+    return summary(rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = script_parser("experiments.tuning.sensitivity", __doc__)
@@ -188,26 +225,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
     options = parser.parse_args(arguments)
-    place = f"{options.benchmark}-{options.scenario}"
-    folder = options.output or Path("results") / f"sensitivity-{place}"
     words = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "experiments.tuning.sensitivity", *words])
 
     def work() -> None:
-        rows = measure(
+        text = write_sensitivity(
             options.benchmark,
             options.scenario,
-            list(dict.fromkeys(options.methods)),
+            options.methods,
             options.seeds,
-            folder,
+            options.output,
             options.jobs,
             options.data_root,
             command,
         )
-        write_atomically(folder / "sensitivity.csv", _csv(rows))
-        title = f"{options.benchmark}, {options.scenario}-incremental"
-        write_atomically(folder / "sensitivity.png", draw_sensitivity(rows, title))
-        print(summary(rows))
+        print(text)
 
     return exit_code(work)
 

@@ -89,6 +89,35 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rank_subset(
+    folder: Path,
+    methods: Sequence[str],
+    jobs: int | None = None,
+    data_root: Path | None = None,
+) -> str:
+    """Run a search's trials again with all of the training data, and write ``share.csv``.
+
+    Args:
+        folder: where the journals of the search are.
+        methods: the methods' names.
+        jobs: runs at a time. Default: as many as cores.
+        data_root: folder of the datasets.
+
+    Returns:
+        A line for each method, to print.
+
+    Raises:
+        UserError: see :func:`compare_shares`.
+    """
+    rows = compare_shares(folder, methods, jobs, data_root)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "share.csv", out.getvalue())
+    return summary(rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = script_parser("experiments.tuning.subset_ranking", __doc__)
@@ -99,13 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        rows = compare_shares(options.folder, options.methods, options.jobs, options.data_root)
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(options.folder / "share.csv", out.getvalue())
-        print(summary(rows))
+        print(rank_subset(options.folder, options.methods, options.jobs, options.data_root))
 
     return exit_code(work)
 
