@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from experiments.protocol.methods import count_steps
-    from experiments.reporting.report import plain_table, table_rows
+    from experiments.reporting.tables import plain_table, table_rows
     from experiments.running.compare import attempt
     from experiments.running.records import Results
 

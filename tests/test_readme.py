@@ -14,8 +14,8 @@ from avalanche_classp import CLASSPOptimizer
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.protocol.tuned_settings import place_of
-from experiments.reporting.report import markdown_table, table_rows
 from experiments.reporting.side_by_side import side_by_side
+from experiments.reporting.tables import markdown_table, table_rows
 from experiments.running.records import Results
 from experiments.tuning import sensitivity
 

@@ -25,7 +25,7 @@ from experiments.protocol.config import RunConfig
 from experiments.protocol.methods import METHODS, count_steps
 from experiments.protocol.tuned_settings import make_config, searched_setting
 from experiments.reporting.figures import draw_sensitivity
-from experiments.reporting.report import mean_interval
+from experiments.reporting.statistics import mean_interval
 from experiments.running.compare import run_all
 from experiments.running.records import Results, write_atomically
 
