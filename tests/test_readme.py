@@ -22,7 +22,7 @@ from experiments.tuning import sensitivity
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "experiments" / "results"
-COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/runs"))
+COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/records.jsonl.gz"))
 ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
@@ -106,7 +106,7 @@ def test_published_sensitivities_follow_from_the_result_files(folder, tmp_path):
     place = ["--benchmark", config["benchmark"], "--scenario", config["scenario"]]
     assert sensitivity.main([*place, "--methods", *methods, "--output", str(copy)]) == 0
     assert (copy / "sensitivity.csv").read_text(encoding="utf-8") == published
-    assert len(list((copy / "runs").iterdir())) == len(list((folder / "runs").iterdir()))
+    assert len(Results(copy).load()) == len(Results(folder).load())
 
 
 def test_the_readme_shows_the_main_tables():
@@ -140,6 +140,5 @@ def test_published_runs_use_the_settings_that_the_search_chose(folder):
 
 def test_every_key_of_a_result_is_explained():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    path = next(RESULTS.glob("*/runs/*.json"))
-    for key in json.loads(path.read_text(encoding="utf-8")):
+    for key in Results(COMPARISONS[0]).load()[0]:
         assert f"`{key}`" in text

@@ -24,7 +24,8 @@ from experiments.reporting.tables import (
     present,
     table_rows,
 )
-from experiments.running.records import describe_failure, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import describe_failure
 
 
 def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Result] = ()) -> str:

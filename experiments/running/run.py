@@ -6,6 +6,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -289,5 +290,14 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
         "threads": "1",
     }
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):  # no Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -22,8 +22,8 @@ from experiments.errors import DivergedError, UserError, one_line
 from experiments.protocol.benchmarks import require_data
 from experiments.protocol.config import Hyper, RunConfig
 from experiments.protocol.tuned_settings import Setting, make_config, place_of
+from experiments.running.files import make_folder, write_atomically
 from experiments.running.processes import make_pool, stop
-from experiments.running.records import make_folder, write_atomically
 from experiments.running.run import run
 
 FIRST_TUNING_SEED = 1000

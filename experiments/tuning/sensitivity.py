@@ -27,7 +27,8 @@ from experiments.protocol.tuned_settings import make_config, searched_setting
 from experiments.reporting.figures import draw_sensitivity
 from experiments.reporting.statistics import mean_interval
 from experiments.running.compare import run_all
-from experiments.running.records import Results, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import Results
 
 RATES = (0.25, 0.5, 2.0, 4.0)
 """What a learning rate is multiplied by."""

@@ -28,7 +28,8 @@ from experiments.arguments import add_jobs, script_parser
 from experiments.errors import UserError, exit_code
 from experiments.protocol.config import RunConfig
 from experiments.running.compare import run_all
-from experiments.running.records import Results, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import Results
 from experiments.tuning.search import config_of, open_study
 
 

@@ -43,7 +43,7 @@ from experiments.protocol.tuned_settings import (
     searched_setting,
     source_of,
 )
-from experiments.running.records import Results, write_atomically
+from experiments.running.records import Results
 from experiments.running.run import run
 
 ROOT = Path(__file__).parents[3]
@@ -308,79 +308,6 @@ def test_values_are_parsed_as_their_default_is():
             parse_value(text, like, "key")
 
 
-# Result files
-
-
-def fake_result(method, seed, accuracy, **fields):
-    config = small_config(method, seed=seed)
-    return {
-        "config": config.as_dict(),
-        "average_accuracy": accuracy,
-        "forgetting": 0.1,
-        "backward_transfer": -0.1,
-        "forward_transfer": 0.0,
-        "learning_accuracy": 0.9,
-        "peak_memory_bytes": 10**9,
-        "peak_device_bytes": None,
-        "eval_seconds": [1.0],
-        "setting": "default",
-        "accuracy_matrix": [[accuracy] * 5] * 5,
-        "seconds_per_experience": 1.0,
-        "state_bytes_per_parameter": 4.0,
-        **fields,
-    }
-
-
-def test_a_copy_of_a_result_file_is_no_further_seed(tmp_path, capsys):
-    path = Results(tmp_path).save(fake_result("naive", 0, 0.5))
-    copy = path.with_name("copy.json")
-    copy.write_bytes(path.read_bytes())
-    assert main(["report", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error
-    assert str(copy) in error
-
-
-def test_a_result_file_without_a_number_is_named(tmp_path, capsys):
-    path = Results(tmp_path).save(fake_result("naive", 0, 0.5, forgetting="much"))
-    assert main(["report", str(tmp_path)]) == 2
-    assert f"{path} is not a whole result file" in capsys.readouterr().err
-
-
-def test_results_are_found_by_their_config_and_not_their_name(tmp_path):
-    results = Results(tmp_path)
-    path = results.save(fake_result("naive", 0, 0.5))
-    path.rename(path.with_name("other.json"))
-    results.save({"config": small_config("naive", seed=1).as_dict(), "error": "boom"})
-    wanted = [small_config("naive", seed=i) for i in range(3)]
-    assert [r["average_accuracy"] for r in results.finished(wanted).values()] == [0.5]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 99}', "\x00"])
-def test_a_damaged_result_file_is_named_and_kept(content, tmp_path, capsys):
-    path = Results(tmp_path).save(fake_result("naive", 0, 0.5))
-    path.write_text(content)
-    assert main(["report", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error
-    assert error.count("\n") == 1
-    assert path.read_text() == content
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError, match=f"cannot write {path}: No space left on device"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 # The command line
 
 TINY = ["--epochs", "1", "--batch-size", "256"]
@@ -405,17 +332,17 @@ def test_compare_survives_a_kill_and_ends_in_the_same_table(tmp_path):
     words = ["compare", "--seeds", 2, "--methods", "naive", "ewc", "classp", *TINY]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = in_a_process(*words, "--output", killed)
-    runs = killed / "runs"
-    while process.poll() is None and len(list(runs.glob("*.json"))) < 2:
+    while process.poll() is None and len(Results(killed).load()) < 2:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    kept = Results(killed).by_key()
     assert len(kept) >= 2
 
     assert main([*map(str, words), "--output", str(killed)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(list(runs.glob("*.json"))) == 6
+    ended = Results(killed).by_key()
+    assert all(ended[key]["wall_seconds"] == kept[key]["wall_seconds"] for key in kept)
+    assert len(ended) == 6
 
     # One after the other in this process, for the same numbers as in parallel ones.
     for method in ("naive", "ewc", "classp"):
@@ -467,7 +394,7 @@ def test_a_failed_run_is_one_line_and_recorded(words, tmp_path, capsys):
 
 def test_ctrl_c_ends_in_one_line(tmp_path):
     process = in_a_process("compare", "--seeds", 20, "--output", tmp_path, start_new_session=True)
-    while process.poll() is None and not list((tmp_path / "runs").glob("*.json")):
+    while process.poll() is None and not Results(tmp_path).load():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=30)

@@ -1,11 +1,11 @@
 """One hyper-parameter is varied, the others stay."""
 
 import csv
-import json
 
 import pytest
 
 from experiments.protocol.tuned_settings import searched_setting
+from experiments.running.records import Results
 from experiments.tuning import defaults, sensitivity
 from experiments.tuning import subset_ranking as share
 
@@ -31,7 +31,7 @@ def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, m
         ("ewc", "lr", "True", "2"),
         ("ewc", "lr", "False", "0"),
     ]
-    runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()]
+    runs = Results(tmp_path).load()
     assert len(runs) == 2 * 7  # ewc's searched setting ran once
     without_penalty = [
         100 * result["average_accuracy"]
