@@ -63,7 +63,8 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
         *(f"**{line}**" for line in missing),
         _INTERVALS,
         "\n".join(f"* {column.heading}: {column.meaning}" for column in explained),
-        *(f"![{CAPTIONS[name]}]({name})" for name in figures),
+        "Figures, which `python -m experiments report FOLDER` draws:",
+        "\n".join(f"* `{name}`: {CAPTIONS[name]}." for name in figures),
         f"All runs: {common}. Settings:",
         "\n".join(f"* {method}: {values}" for method, values in own),
     ]

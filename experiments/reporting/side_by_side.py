@@ -57,7 +57,7 @@ def _read(folder: Path) -> dict[str, Row]:
     if not finished:
         raise UserError(f"there are no finished runs in {folder / 'runs'}")
     rows = table_rows(finished)
-    table = {row["name"]: row for row in rows}
+    table: dict[str, Row] = {row["name"]: row for row in rows}
     if len(table) < len(rows):
         raise UserError(f"{folder} has several settings of a method; give folders of compare")
     return table

@@ -630,7 +630,7 @@ def test_the_page_says_what_a_reader_must_know(tmp_path, no_figures):
     assert "| method | n | train s/exp | eval s | memory B/param | peak MiB |" in page
     assert "**Failed:** ewc, seed 1: the training diverged" in page
     for name in FIGURES:
-        assert f"]({name})" in page
+        assert f"* `{name}`: {figures.CAPTIONS[name]}." in page
     headings = {
         cell.strip() for line in lines if line.startswith("| method") for cell in line.split("|")
     }
