@@ -374,7 +374,6 @@ def place_labels(axes: Axes, points: Sequence[Point]) -> None:
         linecolor=[p.color for p in points],
         linewidth=0.7,
         avoid_label_lines_overlap=True,
-        avoid_crossing_label_lines=True,
         zorder=6,
     )
 
