@@ -92,19 +92,14 @@ def measure_classp(pairs: int, data_root: Path | None) -> None:
     """Compare CLASSP with naive SGD and with EWC, all on the in-memory path."""
     benchmark = in_memory(_benchmark("split-mnist", 5, data_root))
     turns = [
-        tuple(_run(make, benchmark, "mlp-400", "split-mnist") for make in (_naive, _classp, _ewc))
+        [_run(make, benchmark, "mlp-400", "split-mnist") for make in (_naive, _classp, _ewc)]
         for _ in range(pairs)
     ]
     print("\nsplit-mnist, mlp-400, seconds of training in memory, one epoch per experience")
-    naive = [(run[0], run[1]) for run in turns]
-    ewc = [(run[2], run[1]) for run in turns]
+    naive, later = zip(*(((sgd, ours), (ewc, ours)) for sgd, ours, ewc in turns), strict=True)
     _print_ratio("naive / CLASSP", naive, lambda run: sum(run.train), "target 0.952 (1 / 1.05)")
-    _print_ratio(
-        "EWC / CLASSP, from the second experience on",
-        ewc,
-        lambda run: sum(run.train[1:]),
-        "target 1",
-    )
+    what = "EWC / CLASSP, from the second experience on"
+    _print_ratio(what, later, lambda run: sum(run.train[1:]), "target 1")
 
 
 METRICS: dict[str, dict[str, Any]] = {
@@ -186,22 +181,18 @@ def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str, *metri
 
 def _print_ratio(
     what: str,
-    turns: Sequence[tuple[Seconds, Seconds]],
+    turns: Sequence[Sequence[Seconds]],
     seconds: Callable[[Seconds], float],
     target: str = "",
 ) -> None:
-    first, second = ([seconds(turn[i]) for turn in turns] for i in (0, 1))
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    first, second = ([seconds(run) for run in runs] for runs in zip(*turns, strict=True))
     print(
-        f"  {what}: {median(ratios):.2f} times [{min(ratios):.2f} to {max(ratios):.2f}], "
-        f"n = {len(ratios)}; {median(first):.2f} s against {median(second):.2f} s"
-        + (f"; {target}" if target else "")
+        f"  {what}: {ratio(first, second)} times, n = {len(first)}; {median(first):.2f} s against "
+        f"{median(second):.2f} s{target and f'; {target}'}"
     )
 
 
-def _print_shares(
-    model: str, name: str, stock: Any, turns: Sequence[tuple[Seconds, Seconds]]
-) -> None:
+def _print_shares(model: str, name: str, stock: Any, turns: Sequence[Sequence[Seconds]]) -> None:
     """Say what the in-memory time is made of, and what a loader of no cost would give."""
     benchmark = in_memory(stock)
     loading = _loading_seconds(benchmark)

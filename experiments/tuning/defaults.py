@@ -14,17 +14,16 @@ share the work. ``defaults.csv`` lists all trials.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.trial import FixedTrial, Trial
 from tqdm import tqdm
 
@@ -165,16 +164,16 @@ def _mean_over_benchmarks(found: dict[str, float]) -> float:
 
 
 def _trials_csv(study: optuna.Study) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    trials = ended_trials(study)
-    places = list(trials[0].user_attrs["accuracies"])
-    writer.writerow(["trial", "mean_accuracy", *places, "hyper"])
-    for number, trial in enumerate(trials):
-        accuracies: Iterable[float] = trial.user_attrs["accuracies"].values()
-        values = [f"{value:.6f}" for value in (trial.value or 0.0, *accuracies)]
-        writer.writerow([number, *values, json.dumps(trial.user_attrs["hyper"])])
-    return out.getvalue()
+    rows = [
+        {
+            "trial": number,
+            "mean_accuracy": trial.value,
+            **trial.user_attrs["accuracies"],
+            "hyper": json.dumps(trial.user_attrs["hyper"]),
+        }
+        for number, trial in enumerate(ended_trials(study))
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, float_format="%.6f", lineterminator="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import BaseTrial, Trial, TrialState
@@ -448,19 +447,22 @@ def _with_all_seeds(study: optuna.Study) -> dict[int, float]:
 
 
 def _trials_csv(studies: dict[str, optuna.Study]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["method", "trial", "validation_accuracy", "cut_after", "all_seeds", "epochs", "hyper"]
-    )
+    rows = []
     for method, study in studies.items():
         all_seeds = _with_all_seeds(study)
         for number, trial in enumerate(ended_trials(study)):
             # Of one that was cut short Optuna has the last value that it was compared by.
             whole = trial.state == TrialState.COMPLETE
-            value = f"{trial.value:.6f}" if whole else ""
-            hyper = json.dumps(trial.user_attrs.get("hyper", {}))
-            cut = trial.user_attrs.get("cut_after", "")
-            mean = f"{all_seeds[trial.number]:.6f}" if trial.number in all_seeds else ""
-            writer.writerow([method, number, value, cut, mean, trial.params["epochs"], hyper])
-    return out.getvalue()
+            rows.append(
+                {
+                    "method": method,
+                    "trial": number,
+                    "validation_accuracy": trial.value if whole else None,
+                    "cut_after": trial.user_attrs.get("cut_after"),
+                    "all_seeds": all_seeds.get(trial.number),
+                    "epochs": trial.params["epochs"],
+                    "hyper": json.dumps(trial.user_attrs.get("hyper", {})),
+                }
+            )
+    frame = pd.DataFrame(rows).astype({"cut_after": "Int64"})
+    return frame.to_csv(index=False, float_format="%.6f", lineterminator="\n")

@@ -13,15 +13,13 @@ kept, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from optuna.trial import TrialState
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
 from experiments.arguments import add_jobs, script_parser
@@ -33,70 +31,13 @@ from experiments.running.records import Results
 from experiments.tuning.search import config_of, open_study
 
 
-def compare_shares(
-    folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
-) -> list[dict[str, Any]]:
-    """Run the trials again and return, for each, ``method``, ``trial``, ``part`` and ``whole``.
-
-    Both are means over the tuning seeds; a run that diverges with all of the data counts as 0.
-
-    Raises:
-        UserError: the folder holds no search of a method, one with all of the data, or less than
-            two trials that were not cut short.
-    """
-    trials: dict[tuple[str, int], tuple[float, list[RunConfig]]] = {}
-    for method in methods:
-        if not (folder / f"{method}.journal").is_file():
-            raise UserError(f"{folder} holds no search of {method}; name one with --methods")
-        study = open_study(method, folder)
-        arguments = study.user_attrs["arguments"]
-        if arguments["train_share"] == 1:
-            raise UserError(f"{folder} holds a search of {method} with all of the data already")
-        whole_trials = study.get_trials(states=(TrialState.COMPLETE,))
-        if len(whole_trials) < 2:
-            raise UserError(f"{folder} has no two trials of {method} to rank; search more")
-        for trial in whole_trials:
-            epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
-            configs = [
-                config_of(study, epochs, hyper, seed, train_share=1.0)
-                for seed in range(arguments["tuning_seeds"])
-            ]
-            trials[method, trial.number] = (trial.value or 0.0, configs)
-    results = Results(folder / "share")
-    run_all([c for _, configs in trials.values() for c in configs], results, data_root, jobs)
-    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
-    return [
-        {
-            "method": method,
-            "trial": number,
-            "part": part,
-            "whole": fmean(found[config.key()] for config in configs),
-        }
-        for (method, number), (part, configs) in trials.items()
-    ]
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a line for each method."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        part, whole = ([row[key] for row in own] for key in ("part", "whole"))
-        cost = max(whole) - max(own, key=lambda row: row["part"])["whole"]
-        lines.append(
-            f"{method}: {len(own)} trials, rank correlation {spearmanr(part, whole).statistic:.2f},"
-            f" the choice costs {100 * cost:.1f} points"
-        )
-    return "\n".join(lines)
-
-
 def rank_subset(
-    folder: Path,
-    methods: Sequence[str],
-    jobs: int | None = None,
-    data_root: Path | None = None,
+    folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
 ) -> str:
     """Run a search's trials again with all of the training data, and write ``share.csv``.
+
+    Accuracies are means over the tuning seeds; a run that diverges with all of the data counts
+    as 0.
 
     Args:
         folder: where the journals of the search are.
@@ -105,18 +46,62 @@ def rank_subset(
         data_root: folder of the datasets.
 
     Returns:
-        A line for each method, to print.
+        A line for each method: Spearman's rank correlation, and what the choice by the part costs.
 
     Raises:
-        UserError: see :func:`compare_shares`.
+        UserError: the folder holds no search of a method, one with all of the data, or less than
+            two trials that were not cut short.
     """
-    rows = compare_shares(folder, methods, jobs, data_root)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "share.csv", out.getvalue())
-    return summary(rows)
+    trials = [
+        (method, trial.number, trial.value, configs)
+        for method in methods
+        for trial, configs in _trials(folder, method)
+    ]
+    results = Results(folder / "share")
+    run_all([c for *_, configs in trials for c in configs], results, data_root, jobs)
+    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
+    rows = [
+        (method, number, part, fmean(found[config.key()] for config in configs))
+        for method, number, part, configs in trials
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "trial", "part", "whole"])
+    write_atomically(folder / "share.csv", frame.to_csv(index=False, lineterminator="\n"))
+    return summary(frame)
+
+
+def _trials(folder: Path, method: str) -> Iterator[tuple[FrozenTrial, list[RunConfig]]]:
+    """Yield the trials that were not cut short, each with its configs for all of the data."""
+    if not (folder / f"{method}.journal").is_file():
+        raise UserError(f"{folder} holds no search of {method}; name one with --methods")
+    study = open_study(method, folder)
+    arguments = study.user_attrs["arguments"]
+    if arguments["train_share"] == 1:
+        raise UserError(f"{folder} holds a search of {method} with all of the data already")
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    if len(whole) < 2:
+        raise UserError(f"{folder} has no two trials of {method} to rank; search more")
+    for trial in whole:
+        epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
+        yield (
+            trial,
+            [
+                config_of(study, epochs, hyper, seed, train_share=1.0)
+                for seed in range(arguments["tuning_seeds"])
+            ],
+        )
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """Return a line for each method."""
+    lines = []
+    for method, own in frame.groupby("method", sort=False):
+        correlation = spearmanr(own["part"], own["whole"]).statistic
+        cost = own["whole"].max() - own["whole"].iloc[own["part"].argmax()]
+        lines.append(
+            f"{method}: {len(own)} trials, rank correlation {correlation:.2f}, the choice costs "
+            f"{100 * cost:.1f} points"
+        )
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

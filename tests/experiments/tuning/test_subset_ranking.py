@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pandas as pd
 import pytest
 
 from experiments.protocol.tuned_settings import make_config
@@ -49,6 +50,6 @@ def test_what_a_choice_by_a_part_costs():
     """Ranks 1 2 3 4 become 1 2 4 3: 1 - 6 · 2 / (4 · 15) = 0.8 (Spearman)."""
     values = ((0.1, 0.2), (0.2, 0.3), (0.3, 0.9), (0.4, 0.8))
     rows = [{"method": "si", "part": part, "whole": whole} for part, whole in values]
-    assert share.summary(rows) == (
+    assert share.summary(pd.DataFrame(rows)) == (
         "si: 4 trials, rank correlation 0.80, the choice costs 10.0 points"
     )
