@@ -29,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from avalanche_classp import CLASSPOptimizer
 from experiments.errors import UserError
 from experiments.protocol.avalanche_fixes import (
     FixedJointTraining,
