@@ -15,30 +15,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from experiments.protocol.methods import style_of
 from experiments.reporting.tables import Row, wrap_label
 from experiments.running.matrix_figures import COLOURS, draw_matrix, new_figure, ticks
 
-# Chosen by computation: under the common kinds of colour blindness as well (Machado et al. 2009,
-# full severity) any two of the first twelve are at least 21 apart in CIELAB. Of the extensions
-# classp-matrix is 14 from replay and 19 from the others, classp-consolidated 20 from all. The
-# markers tell the twelve apart without colour; CLASSP's lines are thicker.
-_STYLES = {
-    "naive": ("#a8a0b7", "o"),
-    "adagrad": ("#69599d", "s"),
-    "adam": ("#33a6f8", "D"),
-    "ewc": ("#2009dd", "^"),
-    "ewc-online": ("#5269fa", "v"),
-    "si": ("#8e1404", "<"),
-    "mas": ("#a8565c", ">"),
-    "lwf": ("#370c7d", "p"),
-    "rwalk": ("#75024b", "h"),
-    "replay": ("#cc9966", "P"),
-    "joint": ("#000000", "X"),
-    "classp": ("#d55e00", "*"),
-    "classp-matrix": ("#e8a400", "*"),
-    "classp-consolidated": ("#4b281e", "*"),
-}
-_OTHER_STYLE = ("#737765", "d")
 _LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _LEGEND_WIDTH = 26  # characters
 _MARKER = 4.0  # half a marker's width, in points
@@ -109,7 +89,7 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     looks = []
     for row in rows:
         name = row["name"]
-        colour, marker = _STYLES.get(name, _OTHER_STYLE)
+        colour, marker = style_of(name)
         ours = name.startswith("classp")
         looks.append(
             {
@@ -220,7 +200,7 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
 
 def _sensitivity(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw a panel; the values stand at equal distances."""
-    colour, marker = _STYLES.get(rows[0]["method"], _OTHER_STYLE)
+    colour, marker = style_of(rows[0]["method"])
     measured = [(i, row) for i, row in enumerate(rows) if row["n"]]
     axes.errorbar(
         [i for i, _ in measured],

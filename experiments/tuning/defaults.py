@@ -31,10 +31,11 @@ from experiments.arguments import positive, script_parser
 from experiments.errors import DivergedError, UserError, exit_code
 from experiments.protocol.benchmarks import BENCHMARKS, require_data
 from experiments.protocol.config import Hyper
+from experiments.protocol.methods import rule_space
 from experiments.protocol.tuned_settings import make_config, searched_setting
 from experiments.running.files import make_folder, write_atomically
 from experiments.running.run import run
-from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
+from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study
 
 PLACES: dict[str, dict[str, Any]] = {
     "split-digits": {"train_share": 1.0},

@@ -14,12 +14,13 @@ import optuna
 import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import BaseTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.errors import DivergedError, UserError, one_line
 from experiments.protocol.benchmarks import require_data
 from experiments.protocol.config import Hyper, RunConfig
+from experiments.protocol.methods import METHODS
 from experiments.protocol.tuned_settings import Setting, make_config, place_of
 from experiments.running.files import make_folder, write_atomically
 from experiments.running.processes import make_pool, stop
@@ -29,114 +30,11 @@ FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
 
 
-def rule_space(trial: BaseTrial) -> dict[str, Any]:
-    """Suggest CLASSP's own hyper-parameters."""
-    return {
-        "lr": _log(trial, "lr", 1e-4, 0.3),
-        "threshold": _log(trial, "threshold", 1e-8, 1e-3) if _flag(trial, "sparse") else 0.0,
-        "epsilon": _log(trial, "epsilon", 1e-12, 5.0),
-        "power": trial.suggest_float("power", 0.5, 3.0),
-    }
-
-
 FEWEST_TO_COMPARE = 8
 """Trials that must have come as far before one can be cut short."""
 
 
-def matrix_space(trial: Trial) -> dict[str, Any]:
-    """Suggest the hyper-parameters of matrix accumulators."""
-    rule = _matrix_rule(trial, free_rate=(0.01, 1.0), epsilon=(1e-4, 5.0), power=(0.5, 2.5))
-    return {**rule, "both_sides": _flag(trial, "both_sides")}
-
-
-def _consolidated_space(trial: Trial) -> dict[str, Any]:
-    rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
-    return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
-
-
-_Limits = tuple[float, float]
-
-
-def _matrix_rule(
-    trial: Trial, free_rate: _Limits, epsilon: _Limits, power: _Limits
-) -> dict[str, float]:
-    rate, eps = _log(trial, "free_rate", *free_rate), _log(trial, "epsilon", *epsilon)
-    exponent = trial.suggest_float("power", *power)
-    return {"lr": rate * eps ** (1 / exponent), "epsilon": eps, "power": exponent}
-
-
-_Space = Callable[[Trial], dict[str, Any]]
-
-_PENALTIES: dict[str, _Space] = {
-    "ewc": lambda t: {"ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7)},
-    "si": lambda t: {
-        "si_lambda": _log(t, "si_lambda", 1e-3, 1e7),
-        "eps": _log(t, "eps", 1e-4, 1.0),
-    },
-    "mas": lambda t: {
-        "lambda_reg": _log(t, "lambda_reg", 1e-5, 1e5),
-        "alpha": t.suggest_float("alpha", 0.0, 1.0),
-    },
-    "lwf": lambda t: {
-        "alpha": _log(t, "alpha", 1e-2, 1e2),
-        "temperature": t.suggest_float("temperature", 1.0, 4.0),
-    },
-}
-"""What these methods add to the loss; how the sum is followed down is another space."""
-
-
-def _sgd_space(trial: Trial) -> dict[str, Any]:
-    return {"lr": _log(trial, "lr", 1e-5, 1.0)}
-
-
-def _both(first: _Space, second: _Space) -> _Space:
-    return lambda trial: {**first(trial), **second(trial)}
-
-
-SPACES: dict[str, _Space] = {
-    "naive": _sgd_space,
-    "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
-    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
-    **{method: _both(_sgd_space, own) for method, own in _PENALTIES.items()},
-    "ewc-online": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
-        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
-    },
-    "rwalk": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-5, 1e5),
-        "ewc_alpha": t.suggest_float("ewc_alpha", 0.1, 1.0),
-        "delta_t": t.suggest_int("delta_t", 1, 100, log=True),
-    },
-    "replay": _sgd_space,
-    "joint": _sgd_space,
-    "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
-    "classp-matrix": matrix_space,
-    "classp-consolidated": _consolidated_space,
-    **{f"{method}-matrix": _both(own, matrix_space) for method, own in _PENALTIES.items()},
-}
-"""Each method's space. Learning rates reach down to where a method hardly moves, because slow
-learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
-importances depend on the batch size and the number of steps; distillation's spans four, around the
-weight of the loss itself; Adam moves every weight by about lr in each step, so its lr goes lower
-than the others'; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
-size of the replay buffer is not searched: more is better. With matrix accumulators lr follows from
-the rate in directions that are still free, lr / epsilon^(1/power), which is SGD's and has SGD's
-limits; the rank is not searched, for the same reason as the buffer. With consolidation the rate
-goes to 3: what was learnt is protected by the factor, and trials with the other space had their
-best rates at its end."""
-
-
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-
-
-def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
-    return trial.suggest_float(name, low, high, log=True)
-
-
-def _flag(trial: BaseTrial, name: str) -> bool:
-    return trial.suggest_categorical(name, [False, True])
 
 
 def search(
@@ -308,7 +206,7 @@ def _value(trial: Trial, data_root: Path | None) -> float:
     study = trial.study
     arguments = study.user_attrs["arguments"]
     epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-    hyper = SPACES[study.study_name](trial)
+    hyper = METHODS[study.study_name].space(trial)
     trial.set_user_attr("hyper", hyper)
 
     def judge(experiences: int, measure: Callable[[], float]) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from scipy import stats
 
 from experiments.errors import UserError
+from experiments.protocol.methods import style_of
 from experiments.reporting import figures, report
 from experiments.reporting.figures import Point, place_labels
 from experiments.reporting.report import write_report
@@ -406,7 +407,7 @@ def test_the_accuracy_figure_shows_the_curves_and_their_bands(monkeypatch):
 
 
 def figures_colour(method):
-    return figures._STYLES[method][0]
+    return style_of(method).colour
 
 
 def test_the_twelve_methods_look_different_and_the_same_everywhere(monkeypatch):

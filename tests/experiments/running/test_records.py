@@ -147,7 +147,7 @@ def test_a_compact_file_cut_off_is_refused(tmp_path):
     results.compact()
     content = path.read_bytes()
     path.write_bytes(content[:-20])
-    with pytest.raises(UserError, match="is not a whole records file .*cut off"):
+    with pytest.raises(UserError, match=r"is not a whole records file .*cut off"):
         Results(tmp_path).save(fake_result("naive", 4, 0.5))
     assert path.read_bytes() == content[:-20]
 

@@ -1,6 +1,5 @@
 """TensorBoard's log directories, read with TensorBoard's own reader."""
 
-
 import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin
