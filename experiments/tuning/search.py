@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -31,7 +32,7 @@ FIRST_TUNING_SEED = 1000
 
 
 FEWEST_TO_COMPARE = 8
-"""Trials that must have come as far before one can be cut short."""
+"""Trials that must have come as far before one can be pruned."""
 
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -56,9 +57,9 @@ def search(
     """Search each method's settings; continue a search that was cut off in the same folder.
 
     A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
-    trial whose training diverges has none, and counts. So does one that is cut short: after half
-    of the experiences (not after the first), with the first tuning seed, its mean accuracy on
-    them is compared with that of the earlier trials; below their median, if there are
+    trial whose training diverges has none, and counts. So does one that is pruned: after half of
+    the experiences (not after the first), with the first tuning seed, its mean accuracy on them is
+    compared with that of the earlier trials; below their median, if there are
     :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE, seeded by the number of trials
     begun.
 
@@ -91,17 +92,9 @@ def search(
         UserError: the data is missing, the folder holds another search, or no trial of a method
             succeeded.
     """
-    for method in methods:
-        # Wrong arguments are refused before anything is written.
-        make_config(
-            benchmark,
-            scenario,
-            method,
-            FIRST_TUNING_SEED,
-            validation=True,
-            train_share=train_share,
-            **fixed,
-        )
+    place, seed = (benchmark, scenario), FIRST_TUNING_SEED
+    for method in methods:  # wrong arguments are refused before anything is written
+        make_config(*place, method, seed, validation=True, train_share=train_share, **fixed)
     make_folder(folder)
     require_data(benchmark, scenario, data_root)
     arguments = {
@@ -147,8 +140,7 @@ def search(
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
-    place = place_of(benchmark, scenario, fixed.get("model"))
-    chosen = {place: {m: s.as_dict() for m, s in settings.items()}}
+    chosen = {place_of(*place, fixed.get("model")): {m: s.as_dict() for m, s in settings.items()}}
     write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
     return {method: settings[method] for method in methods}
 
@@ -166,7 +158,7 @@ def _search_method(
         # With those that another process has begun: it would begin with the same values.
         begun = len(study.get_trials(deepcopy=False))
         study.sampler = optuna.samplers.TPESampler(seed=begun)
-        study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+        study.optimize(lambda trial: _objective(trial, data_root), n_trials=1)
     _run_finalists(study, finalists, finalist_seeds, data_root)
 
 
@@ -197,38 +189,45 @@ def config_of(
     )
 
 
-def _value(trial: Trial, data_root: Path | None) -> float:
+def _objective(trial: Trial, data_root: Path | None) -> float:
     """Return a trial's mean accuracy over the tuning seeds.
 
     Raises:
-        TrialPruned: it diverged, or was cut short.
+        TrialPruned: it diverged, or was pruned.
     """
     study = trial.study
     arguments = study.user_attrs["arguments"]
     epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
     hyper = METHODS[study.study_name].space(trial)
     trial.set_user_attr("hyper", hyper)
-
-    def judge(experiences: int, measure: Callable[[], float]) -> None:
-        if experiences != max(2, config.experiences // 2):
-            return
-        # Optuna's pruners compare the best value so far, which here is the first one.
-        value = measure()
-        trial.report(value, experiences)
-        others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
-        if _is_hopeless(value, others):
-            trial.set_user_attr("cut_after", experiences)
-            raise optuna.TrialPruned
-
-    values = []
+    values: list[float] = []
     for seed in range(arguments["tuning_seeds"]):
         config = config_of(study, epochs, hyper, seed)
+        half = max(2, config.experiences // 2)
+        report = None if values else partial(_report_and_prune, trial, half)
         try:
-            result = run(config, data_root, judge=judge if seed == 0 else None)
+            values.append(run(config, data_root, report=report)["average_accuracy"])
         except DivergedError:
             raise optuna.TrialPruned from None
-        values.append(result["average_accuracy"])
     return fmean(values)
+
+
+def _report_and_prune(
+    trial: Trial, half: int, experiences: int, measure: Callable[[], float]
+) -> None:
+    """Half way, prune a trial below the median of the earlier ones.
+
+    Optuna's own pruner would compare it with the trials that were not pruned alone.
+    """
+    if experiences != half:
+        return
+    value = measure()
+    trial.report(value, experiences)
+    earlier = [t.intermediate_values.get(experiences) for t in ended_trials(trial.study)]
+    known = [other for other in earlier if other is not None]
+    if len(known) >= FEWEST_TO_COMPARE and value < median(known):
+        trial.set_user_attr("cut_after", experiences)
+        raise optuna.TrialPruned
 
 
 def _run_finalists(
@@ -255,11 +254,6 @@ def _run_finalists(
             except DivergedError:
                 values.append(0.0)
             study.set_user_attr("finalists", known)
-
-
-def _is_hopeless(value: float, others: Sequence[float | None]) -> bool:
-    known = [other for other in others if other is not None]
-    return len(known) >= FEWEST_TO_COMPARE and value < median(known)
 
 
 _LINE = b'{"op_code":'

@@ -522,11 +522,11 @@ def test_list_names_everything(capsys):
         assert f"\n  {name} " in out
 
 
-def test_a_judge_is_told_the_mean_accuracy_so_far():
-    """And a run that nobody judges ends with the same accuracies."""
+def test_the_mean_accuracy_so_far_is_reported():
+    """And a run that reports nothing ends with the same accuracies."""
     told = []
     config = small_config("classp", "class", validation=True)
-    judged = run(config, judge=lambda i, measure: told.append((i, measure())))
+    reported = run(config, report=lambda i, measure: told.append((i, measure())))
     assert [experiences for experiences, _ in told] == [1, 2, 3, 4]
     assert all(0 <= accuracy <= 1 for _, accuracy in told)
-    assert judged["accuracy_matrix"] == run(config)["accuracy_matrix"]
+    assert reported["accuracy_matrix"] == run(config)["accuracy_matrix"]

@@ -91,7 +91,8 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.tuning.search.FEWEST_TO_COMPARE", 1)
     ended = []
     monkeypatch.setattr(
-        "experiments.tuning.search.run", lambda config, root, judge: _fake_run(config, judge, ended)
+        "experiments.tuning.search.run",
+        lambda config, root, report: _fake_run(config, report, ended),
     )
     words = ["split-digits", "class", ["naive"], tmp_path, 12, 1, (1,), 32]
     monkeypatch.setattr(
@@ -119,7 +120,7 @@ def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path
     """What was best with the first seed fails with another."""
     seen = []
 
-    def fake_run(config, root, judge=None):
+    def fake_run(config, root, report=None):
         seen.append((config.seed, config.hyper["lr"]))
         if config.seed == 1002 and config.hyper["lr"] == lrs[0]:
             raise DivergedError("too fast")
@@ -147,10 +148,10 @@ def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path
     assert {row["all_seeds"] for lr, row in rows.items() if lr not in lrs[:2]} == {""}
 
 
-def test_finalists_have_all_of_the_data_and_are_judged_by_it_alone(tmp_path, monkeypatch):
+def test_finalists_have_all_of_the_data_and_are_chosen_by_it_alone(tmp_path, monkeypatch):
     """With a part of it a faster rate is better."""
 
-    def fake_run(config, root, judge=None):
+    def fake_run(config, root, report=None):
         lr = config.hyper["lr"]
         return {"average_accuracy": _fake_accuracy(lr if config.train_share == 1 else lr / 10)}
 
@@ -173,8 +174,8 @@ def _fake_accuracy(lr):
     return 1 / (1 + abs(math.log10(lr) + 2))
 
 
-def _fake_run(config, judge, ended):
+def _fake_run(config, report, ended):
     for i in range(1, 5):
-        judge(i, lambda i=i: _fake_accuracy(config.hyper["lr"]) / i)
+        report(i, lambda i=i: _fake_accuracy(config.hyper["lr"]) / i)
     ended.append(config)
     return {"average_accuracy": _fake_accuracy(config.hyper["lr"]) / 5}
