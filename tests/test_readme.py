@@ -17,7 +17,7 @@ from experiments.protocol.tuned_settings import place_of
 from experiments.reporting.side_by_side import side_by_side
 from experiments.reporting.tables import markdown_table, table_rows
 from experiments.running.records import Results
-from experiments.tuning import sensitivity
+from experiments.tuning.sensitivity import write_sensitivity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,8 +103,7 @@ def test_published_sensitivities_follow_from_the_result_files(folder, tmp_path):
     methods = dict.fromkeys(row["method"] for row in csv.DictReader(published.splitlines()))
     config = Results(copy).load()[0]["config"]
     assert not config["validation"]
-    place = ["--benchmark", config["benchmark"], "--scenario", config["scenario"]]
-    assert sensitivity.main([*place, "--methods", *methods, "--output", str(copy)]) == 0
+    write_sensitivity(config["benchmark"], config["scenario"], list(methods), output=copy)
     assert (copy / "sensitivity.csv").read_text(encoding="utf-8") == published
     assert len(Results(copy).load()) == len(Results(folder).load())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +54,11 @@ def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
         if several:
             drawn["forgetting.png"] = _curves(several, "forgetting_curve", title)
         drawn["matrix.png"] = _matrices(rows, title)
-        drawn["memory.png"] = _against_memory(rows, title)
-        drawn["time.png"] = _against_time(rows, title)
+        label = "memory of the method beside the model, bytes per parameter"
+        key = "state_bytes_per_parameter"
+        drawn["memory.png"] = _against(rows, key, label, _scale_memory, title)
+        label, key = "training time per experience, s", "seconds_per_experience"
+        drawn["time.png"] = _against(rows, key, label, _scale_time, title)
         if mapped:
             drawn["map.png"] = _maps(mapped, title)
     return drawn
@@ -171,7 +174,7 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
     A dotted line is at the searched value, and a value with which no run ended is a cross.
 
     Args:
-        rows: as :func:`experiments.tuning.sensitivity.measure` returns them.
+        rows: a dictionary for each value, of the columns of ``sensitivity.csv``.
         title: stands over the figure.
 
     Returns:
@@ -256,12 +259,37 @@ def _maps(rows: Sequence[Row], title: str) -> bytes:
     return _png(figure)
 
 
-def _against_memory(rows: Sequence[Row], title: str) -> bytes:
+def _against(
+    rows: Sequence[Row],
+    key: str,
+    label: str,
+    scale: Callable[[Axes, Sequence[float]], None],
+    title: str,
+) -> bytes:
+    """Draw each row's accuracy against the key's value, both with their intervals."""
     figure = new_figure(8, 5.2)
     axes = figure.subplots()
-    _scatter(axes, rows, "state_bytes_per_parameter", title)
-    values = [row["state_bytes_per_parameter"][0] for row in rows]
-    # Powers of two, but linear from 0 to the smallest of them: several methods keep nothing.
+    points = []
+    for row, look in zip(rows, _looks(rows), strict=True):
+        # Of one seed there is no interval.
+        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
+        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(x, y, xerr=dx or None, yerr=dy or None, **look)
+        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
+        points.append(Point(text, x, y, dx, dy, look["color"]))
+    axes.set_title(_with_intervals(title, rows), loc="left", fontsize=11)
+    axes.set(xlabel=label, ylabel="average accuracy, %")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+    scale(axes, [point.x for point in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    place_labels(axes, points)
+    return _png(figure)
+
+
+def _scale_memory(axes: Axes, values: Sequence[float]) -> None:
+    """Show powers of two, but linear from 0 to the least of them: several methods keep nothing."""
     least = min((value for value in values if value >= 1), default=1.0)
     first = int(np.floor(np.log2(least)))
     last = int(np.ceil(np.log2(max(*values, 2.0**first, 1))))
@@ -269,42 +297,16 @@ def _against_memory(rows: Sequence[Row], title: str) -> bytes:
     axes.set_xlim(-0.4 * 2.0**first, 2.0**last * 1.6)
     step = -(-(last - first + 1) // 9)
     axes.set_xticks([0, *(2.0**i for i in range(first, last + 1, step))])
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set_xlabel("memory of the method beside the model, bytes per parameter")
-    _label(axes, rows, "state_bytes_per_parameter")
-    return _png(figure)
 
 
-def _against_time(rows: Sequence[Row], title: str) -> bytes:
-    figure = new_figure(8, 5.2)
-    axes = figure.subplots()
-    _scatter(axes, rows, "seconds_per_experience", title)
-    values = [row["seconds_per_experience"][0] for row in rows]
+def _scale_time(axes: Axes, values: Sequence[float]) -> None:
     decades = np.log10(max(values) / min(values))
     subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
     axes.set_xscale("log", nonpositive="clip")
     axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.set_xlabel("training time per experience, s")
-    _label(axes, rows, "seconds_per_experience")
-    return _png(figure)
-
-
-def _scatter(axes: Axes, rows: Sequence[Row], key: str, title: str) -> None:
-    """Draw each row's accuracy against the key's value, both with their intervals."""
-    for row, look in zip(rows, _looks(rows), strict=True):
-        x, y = row[key], row["average_accuracy"]
-        bars = np.nan_to_num([x[1], y[1]])  # of one seed there is no interval
-        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
-        axes.errorbar(x[0], y[0], xerr=bars[0] or None, yerr=bars[1] or None, **look)
-    axes.set_title(_with_intervals(title, rows), loc="left", fontsize=11)
-    axes.set_ylabel("average accuracy, %")
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
-    _limit_accuracy(axes)
 
 
 class Point(NamedTuple):
@@ -356,13 +358,3 @@ def place_labels(axes: Axes, points: Sequence[Point]) -> None:
         avoid_label_lines_overlap=True,
         zorder=6,
     )
-
-
-def _label(axes: Axes, rows: Sequence[Row], key: str) -> None:
-    """Write the methods' names beside their points, none over another."""
-    points = []
-    for row, look in zip(rows, _looks(rows), strict=True):
-        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
-        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
-        points.append(Point(text, x, y, dx, dy, look["color"]))
-    place_labels(axes, points)

@@ -5,7 +5,7 @@
 
 FOLDER holds a search with ``--train-share`` below 1. Its trials, those that were not cut short,
 are run again with all of the training data (validation data aside), the same seeds and otherwise
-the same settings. ``FOLDER/share.csv`` has both accuracies of every trial. Printed are, for each
+the same settings. ``FOLDER/subset_ranking.csv`` has both accuracies of every trial. Printed are, for each
 method, Spearman's rank correlation of the two and what the choice by the part costs: the best
 accuracy with all of the data, less that of the trial that is best with the part. What is done is
 kept, so the same command goes on after an interruption.
@@ -34,7 +34,7 @@ from experiments.tuning.search import config_of, open_study
 def rank_subset(
     folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
 ) -> str:
-    """Run a search's trials again with all of the training data, and write ``share.csv``.
+    """Run a search's trials again with all of the training data, and write ``subset_ranking.csv``.
 
     Accuracies are means over the tuning seeds; a run that diverges with all of the data counts
     as 0.
@@ -57,7 +57,7 @@ def rank_subset(
         for method in methods
         for trial, configs in _trials(folder, method)
     ]
-    results = Results(folder / "share")
+    results = Results(folder / "subset_ranking")
     run_all([c for *_, configs in trials for c in configs], results, data_root, jobs)
     found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
     rows = [
@@ -65,7 +65,7 @@ def rank_subset(
         for method, number, part, configs in trials
     ]
     frame = pd.DataFrame(rows, columns=["method", "trial", "part", "whole"])
-    write_atomically(folder / "share.csv", frame.to_csv(index=False, lineterminator="\n"))
+    write_atomically(folder / "subset_ranking.csv", frame.to_csv(index=False, lineterminator="\n"))
     return summary(frame)
 
 

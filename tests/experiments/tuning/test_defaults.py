@@ -2,17 +2,18 @@
 
 import csv
 import json
+import math
 
 import pytest
 
-from experiments.errors import DivergedError
+from experiments.errors import DivergedError, UserError
 from experiments.protocol.tuned_settings import searched_setting
 from experiments.tuning import defaults
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
 
 
-def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, monkeypatch):
     """A benchmark with three scenarios counts as much as one with one."""
     seen, lrs = [], []
 
@@ -27,9 +28,8 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
     monkeypatch.setattr(defaults, "run", fake_run)
     monkeypatch.setattr(defaults, "require_data", lambda *args: None)
     monkeypatch.setattr(defaults, "PLACES", places)
-    words = ["--output", str(tmp_path)]
     for trials in (1, 3):
-        assert defaults.main([*words, "--trials", str(trials)]) == 0
+        printed = defaults.search_defaults(trials, output=tmp_path)
     assert len(seen) == 3 * 4  # the first trial was not done again
     searched = searched_setting("split-digits", "class", "classp").hyper
     assert lrs[0] == 0.01 and lrs[4] == searched["lr"]
@@ -45,15 +45,14 @@ def test_the_search_for_defaults_means_over_benchmarks_and_goes_on(tmp_path, mon
         assert float(row["mean_accuracy"]) == pytest.approx(((lr + 0.75 + 0) / 3 + 0.75) / 2)
         assert row["split-digits/task"] == "0.000000"
     best = max(rows, key=lambda row: float(row["mean_accuracy"]))
-    assert capsys.readouterr().out.splitlines()[-1].endswith(best["hyper"])
+    assert printed.endswith(best["hyper"])
     monkeypatch.setattr(defaults, "PLACES", {"split-digits": {}})
-    assert defaults.main([*words, "--trials", "3"]) == 2
-    assert "other benchmarks" in capsys.readouterr().err
-    words = ["--output", str(tmp_path / "tried"), "--trials", "1", "--try"]
-    for lr in ("-1", "nan", "1"):
-        assert defaults.main([*words, lr, "1e-8", "1.5"]) == 2
-        assert "outside of what is searched" in capsys.readouterr().err
+    with pytest.raises(UserError, match="other benchmarks"):
+        defaults.search_defaults(3, output=tmp_path)
+    for lr in (-1, math.nan, 1):
+        with pytest.raises(UserError, match="outside of what is searched"):
+            defaults.search_defaults(1, [(lr, 1e-8, 1.5)], tmp_path / "tried")
     assert not (tmp_path / "tried").exists()
-    assert defaults.main([*words, "1e-3", "1e-8", "1.5"]) == 0
-    tried = json.loads(capsys.readouterr().out.split(" ", 1)[1])
+    printed = defaults.search_defaults(1, [(1e-3, 1e-8, 1.5)], tmp_path / "tried")
+    tried = json.loads(printed.split(" ", 1)[1])
     assert tried == {"lr": 1e-3, "threshold": 0.0, "epsilon": 1e-8, "power": 1.5}

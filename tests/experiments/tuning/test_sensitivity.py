@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from experiments.errors import UserError
 from experiments.protocol.tuned_settings import searched_setting
 from experiments.running.records import Results
 from experiments.tuning import defaults, sensitivity
@@ -12,12 +13,11 @@ from experiments.tuning import subset_ranking as share
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
 
 
-def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, monkeypatch, capsys):
+def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "RATES", (0.5, 1e9))
-    words = ["--benchmark", "split-digits", "--scenario", "domain", "--methods", "naive", "ewc"]
-    words += ["--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sensitivity, "FACTORS", (1e-30,))
-    assert sensitivity.main(words) == 0
+    place = ("split-digits", "domain")
+    printed = sensitivity.write_sensitivity(*place, ["naive", "ewc"], 2, tmp_path, jobs=1)
     searched = searched_setting("split-digits", "domain", "ewc").hyper
     with open(tmp_path / "sensitivity.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -44,9 +44,9 @@ def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, m
     difference = float(rows[3]["average_accuracy"]) - float(rows[4]["average_accuracy"])
     assert float(rows[3]["difference"]) == pytest.approx(difference, abs=1e-3)
     assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
-    assert "no run ended" in capsys.readouterr().out
-    assert sensitivity.main([*words[:4], "--methods", "rwalk", "--output", str(tmp_path)]) == 2
-    assert "nothing was searched for rwalk on split-digits" in capsys.readouterr().err
+    assert "no run ended" in printed
+    with pytest.raises(UserError, match="nothing was searched for rwalk on split-digits"):
+        sensitivity.write_sensitivity(*place, ["rwalk"], output=tmp_path)
 
 
 @pytest.mark.parametrize(
