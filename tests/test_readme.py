@@ -21,6 +21,9 @@ from experiments.tuning.sensitivity import write_sensitivity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(
+    page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("**/*.md"))
+)
 RESULTS = ROOT / "experiments" / "results"
 COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/records.jsonl.gz"))
 ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
@@ -108,14 +111,14 @@ def test_published_sensitivities_follow_from_the_result_files(folder, tmp_path):
     assert len(Results(copy).load()) == len(Results(folder).load())
 
 
-def test_the_readme_shows_the_main_tables():
+def test_the_readme_or_the_docs_show_the_main_tables():
     names = [
         *("split-mnist-class", "split-mnist-domain", "split-mnist-task", "permuted-mnist-domain"),
         *("split-fmnist-class", "split-fmnist-domain", "split-fmnist-task", "mnist-fmnist-domain"),
         *("split-cifar10-task", "split-cifar10-class"),
     ]
     for table in side_by_side([RESULTS / name for name in names]):
-        assert table in README
+        assert table in PAGES
 
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)

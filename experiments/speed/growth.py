@@ -101,9 +101,10 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     figure = new_figure(9, 3.6)
     seconds, state = figure.subplots(1, 2)
     for name, own in frame.groupby("method", sort=False):
-        seconds.plot(own["experience"], own["seconds"], label=name)
+        look = {"label": name, "color": METHODS[str(name)].style.colour}
+        seconds.plot(own["experience"], own["seconds"], **look)
         if name != "naive":
-            state.plot(own["experience"], own["state_bytes"] / 2**20, label=name)
+            state.plot(own["experience"], own["state_bytes"] / 2**20, **look)
     seconds.set(xlabel="experience", ylabel="seconds of training", ylim=0)
     state.set(xlabel="experience", ylabel="state in MiB", ylim=0)
     seconds.legend()

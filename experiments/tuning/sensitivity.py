@@ -1,29 +1,21 @@
 """How far the accuracy depends on each hyper-parameter: one is varied, the others stay.
 
-    python -m experiments.tuning.sensitivity --benchmark split-mnist --scenario class
-
-The others are those of ``compare``: what the search chose. Every hyper-parameter that it chose is
-varied, with the final seeds and on test data, so what is seen here may choose nothing. The folder
-receives a result file for each run (what is done is not done again), ``sensitivity.csv`` and
-``sensitivity.png``; experiments/results/README.md explains the columns.
+The others keep what the search chose. The runs have the final seeds and test data, so what is seen
+here may choose nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.arguments import add_jobs, script_parser, seed_count
-from experiments.errors import UserError, exit_code
-from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS
+from experiments.errors import UserError
 from experiments.protocol.config import RunConfig
-from experiments.protocol.methods import METHODS, count_steps
+from experiments.protocol.methods import count_steps
 from experiments.protocol.tuned_settings import make_config, searched_setting
 from experiments.reporting.figures import draw_sensitivity
 from experiments.reporting.statistics import mean_interval
@@ -189,46 +181,3 @@ def _summary(rows: Sequence[dict[str, Any]]) -> str:
         cells = lines.setdefault(f"{row['method']}, {row['key']}", [])
         cells.append(f"{shown}{'*' * row['searched']}: {accuracy}")
     return "\n".join(f"{title}: {', '.join(cells)}" for title, cells in lines.items())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    parser = script_parser("experiments.tuning.sensitivity", __doc__)
-    parser.add_argument("--benchmark", default="split-mnist", choices=BENCHMARKS, metavar="NAME")
-    parser.add_argument("--scenario", default="class", choices=SCENARIOS, metavar="NAME")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["classp", "classp-matrix"],
-        choices=METHODS,
-        metavar="METHOD",
-        help="default: classp classp-matrix",
-    )
-    parser.add_argument(
-        "--seeds", type=seed_count, default=5, metavar="N", help="default: %(default)s"
-    )
-    add_jobs(parser, "runs at a time")
-    parser.add_argument("--output", type=Path, metavar="FOLDER")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
-    options = parser.parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "experiments.tuning.sensitivity", *words])
-
-    def work() -> None:
-        text = write_sensitivity(
-            options.benchmark,
-            options.scenario,
-            options.methods,
-            options.seeds,
-            options.output,
-            options.jobs,
-            options.data_root,
-            command,
-        )
-        print(text)
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,11 @@
-"""Tell whether a part of the training data ranks settings as all of it does.
+"""Whether a part of the training data ranks settings as all of it does.
 
-    python -m experiments.tuning.subset_ranking
-    FOLDER --methods METHOD ... [--jobs N] [--data-root FOLDER]
-
-FOLDER holds a search with ``--train-share`` below 1. Its trials, those that were not cut short,
-are run again with all of the training data (validation data aside), the same seeds and otherwise
-the same settings. ``FOLDER/subset_ranking.csv`` has both accuracies of every trial. Printed are, for each
-method, Spearman's rank correlation of the two and what the choice by the part costs: the best
-accuracy with all of the data, less that of the trial that is best with the part. What is done is
-kept, so the same command goes on after an interruption.
+Where a search trained on a part (``--train-share`` below 1), its trials that were not pruned are
+run again with all of the training data, the same seeds and otherwise the same settings.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -22,8 +14,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
-from experiments.arguments import add_jobs, script_parser
-from experiments.errors import UserError, exit_code
+from experiments.errors import UserError
 from experiments.protocol.config import RunConfig
 from experiments.running.compare import run_all
 from experiments.running.files import write_atomically
@@ -102,22 +93,3 @@ def summary(frame: pd.DataFrame) -> str:
             f"{100 * cost:.1f} points"
         )
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    parser = script_parser("experiments.tuning.subset_ranking", __doc__)
-    parser.add_argument("folder", type=Path, help="where the journals of the search are")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    add_jobs(parser, "runs at a time")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
-    options = parser.parse_args(arguments)
-
-    def work() -> None:
-        print(rank_subset(options.folder, options.methods, options.jobs, options.data_root))
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
