@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -24,7 +24,7 @@ from experiments.protocol.config import Hyper, RunConfig
 from experiments.protocol.methods import METHODS
 from experiments.protocol.tuned_settings import Setting, make_config, place_of
 from experiments.running.files import make_folder, write_atomically
-from experiments.running.processes import make_pool, stop
+from experiments.running.processes import WorkerDiedError, in_processes
 from experiments.running.run import run
 
 FIRST_TUNING_SEED = 1000
@@ -118,23 +118,15 @@ def search(
                 f"another --output"
             )
         study.set_user_attr("arguments", arguments)
+    tasks = [(method, folder, trials, finalists, finalist_seeds, data_root) for method in methods]
     with (
-        make_pool(min(jobs, len(methods))) as pool,
+        closing(in_processes(_search_method, tasks, jobs)) as ended,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
-        futures = [
-            pool.submit(
-                _search_method, method, folder, trials, finalists, finalist_seeds, data_root
-            )
-            for method in methods
-        ]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        except BaseException:
-            stop(pool)
-            raise
+        for number, outcome in ended:
+            if isinstance(outcome, WorkerDiedError):
+                raise UserError(f"the search of {methods[number]}: {outcome}")
+            bar.update()
     searched = [path.stem for path in sorted(folder.glob("*.journal"))]
     # Another search of other methods may have just begun.
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
@@ -152,6 +144,7 @@ def _search_method(
     finalists: int,
     finalist_seeds: int,
     data_root: Path | None,
+    send: Callable[[Any], None],
 ) -> None:
     study = open_study(method, folder)
     while len(ended_trials(study)) < trials:

@@ -12,7 +12,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from urllib.error import URLError
 
@@ -22,7 +21,7 @@ from bad_input import SCALE, TRIED, changed, examples, json_values
 from conftest import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
-from small_data import small_config, write_cifar, write_mnist
+from small_data import in_this_process, small_config, write_cifar, write_mnist
 
 from experiments.cli import main
 from experiments.errors import exit_code
@@ -60,28 +59,11 @@ def made_up(config, *ignored, **also_ignored):
 
 
 class Here:
-    """An engine, and a pool of processes, that are this process."""
+    """An engine that is this process."""
 
     def run(self, work, configs, progress):
         for config in configs:
             yield config, work(config, progress=lambda: None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, work, *arguments):
-        future = Future()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:  # noqa: BLE001 - a pool hands on whatever it is
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **options):
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +80,7 @@ def folder(tmp_path_factory):
         patch.setattr(compare, "run", made_up)
         patch.setattr(search, "run", made_up)
         patch.setattr(compare, "make_engine", lambda *arguments: Here())
-        patch.setattr(search, "make_pool", lambda size: Here())
+        patch.setattr(search, "in_processes", in_this_process)
         if SCALE == 1:
             patch.setattr(report, "draw_figures", lambda rows, title: {})
         for module in ("mnist", "cifar"):

@@ -3,11 +3,10 @@
 import csv
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import pytest
-from small_data import write_mnist
+from small_data import in_this_process, write_mnist
 
 from experiments.cli import main
 from experiments.errors import DivergedError
@@ -77,9 +76,7 @@ def test_search_runs_its_trials_on_the_device(tmp_path, monkeypatch):
         return run(config, *rest, **options)
 
     monkeypatch.setattr("experiments.tuning.search.run", note)
-    monkeypatch.setattr(
-        "experiments.tuning.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
     words = ["search", "--methods", "naive", "--trials", "2", "--tuning-seeds", "1"]
     words += ["--output", str(tmp_path), "--train-share", "0.2"]
     assert main([*words, "--device", "cpu:0", "--finalists", "1", "--finalist-seeds", "1"]) == 0
@@ -95,9 +92,7 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
         lambda config, root, report: _fake_run(config, report, ended),
     )
     words = ["split-digits", "class", ["naive"], tmp_path, 12, 1, (1,), 32]
-    monkeypatch.setattr(
-        "experiments.tuning.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
     search(*words)
     with open(tmp_path / "trials.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -129,9 +124,7 @@ def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path
         }
 
     monkeypatch.setattr("experiments.tuning.search.run", fake_run)
-    monkeypatch.setattr(
-        "experiments.tuning.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
     words = ["split-digits", "class", ["naive"], tmp_path, 6, 1, (1,), 32]
     search(*words)
     lrs = sorted({lr for _, lr in seen}, key=_fake_accuracy, reverse=True)
@@ -156,9 +149,7 @@ def test_finalists_have_all_of_the_data_and_are_chosen_by_it_alone(tmp_path, mon
         return {"average_accuracy": _fake_accuracy(lr if config.train_share == 1 else lr / 10)}
 
     monkeypatch.setattr("experiments.tuning.search.run", fake_run)
-    monkeypatch.setattr(
-        "experiments.tuning.search.make_pool", lambda jobs: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
     words = ["split-digits", "class", ["naive"], tmp_path, 6, 1, (1,), 32]
     chosen = search(*words, train_share=0.5, finalists=6, finalist_seeds=1)
     with open(tmp_path / "trials.csv", encoding="utf-8") as file:
