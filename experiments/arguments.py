@@ -184,7 +184,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     sensitivity = _command(
         commands,
         "sensitivity",
-        functions["sensitivity"],
+        functions.get("sensitivity"),
         "one hyper-parameter is varied, the others stay as searched",
         "Vary every hyper-parameter that the search chose, with the final seeds and on test data.",
         "sensitivity --benchmark split-mnist --scenario class",
@@ -200,7 +200,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     defaults = _command(
         commands,
         "defaults",
-        functions["defaults"],
+        functions.get("defaults"),
         "one setting of CLASSP for all benchmarks",
         "Search the library's defaults on parts of five benchmarks.",
     )
@@ -219,7 +219,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     ranking = _command(
         commands,
         "subset-ranking",
-        functions["subset-ranking"],
+        functions.get("subset-ranking"),
         "whether a part of the training data ranks settings as all of it does",
         "Run the trials of a search with --train-share below 1 again with all training data.",
     )
@@ -229,7 +229,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     beside = _command(
         commands,
         "side-by-side",
-        functions["side-by-side"],
+        functions.get("side-by-side"),
         "one number of several comparisons in one table",
         "Print the average accuracy, and its difference from classp-matrix's, of several folders.",
     )
@@ -238,7 +238,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     speed = _command(
         commands,
         "speed",
-        functions["speed"],
+        functions.get("speed"),
         "the benchmarks of speed and memory",
         "Measure steps, loading, metrics and long streams.",
         "speed step",
