@@ -34,7 +34,7 @@ def require_loadable(
     Raises:
         TypeError, ValueError: it is not; the message says where.
     """
-    version = state_dict.get("version")
+    version = state_dict.get("version", VERSION)  # torch.distributed.checkpoint drops it
     if version != VERSION:
         raise ValueError(
             f"state_dict has version {version!r}, and this release of avalanche-classp reads "
