@@ -30,7 +30,7 @@ from avalanche_classp.optim.hyperparameters import (
 from avalanche_classp.optim.rule import rule_of
 from avalanche_classp.optim.sharding import bad_anywhere, local_gradient
 
-__all__ = ["CLASSPOptimizer", "CLASSP_optimizer", "NonFiniteGradientError"]
+__all__ = ["CLASSPOptimizer", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -289,6 +289,11 @@ class CLASSPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_parameters()
+        return loss
+
+    def _update_parameters(self) -> None:
+        """Take the step that the gradients ask for."""
         entries = self._entries()
         with ExitStack() as stack:
             for device_type in {entry.param.device.type for entry in entries} - {"meta"}:
@@ -303,7 +308,6 @@ class CLASSPOptimizer(Optimizer):
             for (group_index, kind), some in updates.items():
                 group = self.param_groups[group_index]
                 kind.update_(some, rule_of(group), group)
-        return loss
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:
@@ -427,7 +431,3 @@ class CLASSPOptimizer(Optimizer):
             f"and nothing was changed. Find its cause, drop the batch, or pass nonfinite='skip' to "
             f"leave such weights as they are"
         )
-
-
-CLASSP_optimizer = CLASSPOptimizer
-"""The name in the author's code; same keywords."""
