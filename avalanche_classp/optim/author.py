@@ -113,7 +113,7 @@ class CLASSP_optimizer(CLASSPOptimizer):
         if callable(lr):
             lr, closure = None, lr
         values = {"lr": lr, "threshold": threshold, "epsilon": epsilon, "power": power}
-        given = {name: value for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {k: value for k, value in values.items() if value is not None}
         validate(given)
         given["apply_scaling"] = apply_scaling
         self._rename(given)

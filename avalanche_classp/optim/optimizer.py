@@ -12,17 +12,16 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from avalanche_classp.optim import state_dict as saved
 from avalanche_classp.optim.accumulators import Accumulator, Update, kind_for, kind_of
-from avalanche_classp.optim.accumulators.base import DTYPES
+from avalanche_classp.optim.accumulators.base import DTYPES, has_values
 from avalanche_classp.optim.backends import find_nonfinite
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
     documented,
-    require_positive_epsilon,
+    require_consistent,
     resolve,
     validate,
     validated_factor,
@@ -356,7 +355,7 @@ class CLASSPOptimizer(Optimizer):
         """
         entries = []
         for group_index, group in enumerate(self.param_groups):
-            require_positive_epsilon(group["history"], group["epsilon"])
+            require_consistent(group)
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -373,6 +372,11 @@ class CLASSPOptimizer(Optimizer):
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
                 state = self.state.get(p)
+                if (held := kind_of(state)) not in (None, kind):
+                    raise RuntimeError(
+                        f"{where} has a history of another kind ({held.key}) than its group's "
+                        f"history={group['history']!r}; make an optimizer for another kind"
+                    )
                 shape = kind.shape(state, p) if state and kind.key in state else p.shape
                 # A kernel knows no shapes and would write beyond the tensors.
                 if not p.grad.shape == p.shape == shape:
@@ -392,7 +396,7 @@ class CLASSPOptimizer(Optimizer):
             entry
             for entry in entries
             if self.param_groups[entry.group_index]["nonfinite"] == "raise"
-            and not isinstance(entry.grad, FakeTensor)  # it has no values
+            and has_values(entry.grad)
         ]
         groups = [self.param_groups[entry.group_index] for entry in checked]
         # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
