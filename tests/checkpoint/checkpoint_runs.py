@@ -47,7 +47,7 @@ from avalanche_classp import (
     classp_metrics,
     in_memory,
 )
-from avalanche_classp.checkpoint.strategy_state import Stays
+from avalanche_classp.checkpoint.encoding import NotSaved
 
 EPOCHS = 3
 
@@ -122,7 +122,7 @@ class StoppedError(Exception):
     """What ends a run in the place of SIGKILL, where one process is enough."""
 
 
-class Stopper(Stays):
+class Stopper(NotSaved):
     """A plugin that stops a run after some iterations. It is no part of the state."""
 
     def __init__(self) -> None:

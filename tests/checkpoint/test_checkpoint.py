@@ -51,8 +51,9 @@ from avalanche_classp import (
     checkpointed,
     mend_save_checkpoint,
 )
+from avalanche_classp.checkpoint.decoding import decode
+from avalanche_classp.checkpoint.encoding import encode
 from avalanche_classp.checkpoint.file import VERSION, read_file, write_file
-from avalanche_classp.checkpoint.strategy_state import captured, restore
 
 parametrize = pytest.mark.parametrize
 DATA = Path(__file__).parents[1] / "data"
@@ -119,7 +120,7 @@ def test_every_second_epoch(tmp_path):
 
 def test_the_comparison_finds_what_is_lost(tmp_path, monkeypatch):
     whole = Run("classp").go()
-    monkeypatch.setattr(avalanche_classp.checkpoint.resume, "restore_random_state", lambda *a: None)
+    monkeypatch.setattr(avalanche_classp.checkpoint.resume, "decode_random_state", lambda *a: None)
     found = interrupted(tmp_path, [5], **WITHIN)
     assert not same(found["model"], whole["model"])
     assert not same(found["random"], whole["random"])
@@ -392,11 +393,11 @@ def test_loading_runs_no_code_from_a_file(tmp_path, monkeypatch):
 @parametrize("name", ["antigravity:X", "subprocess:Popen", "torch.nn:X", "builtins:dict"])
 def test_classes_are_not_taken_by_name(name):
     strategy = naive(linear_head())
-    content = captured(strategy)
+    content = encode(strategy)
     record = {"kind": "object", "class": name, "attributes": {}}
     content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
     with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
-        restore(naive(linear_head()), content)
+        decode(naive(linear_head()), content)
     assert "antigravity" not in sys.modules
 
 
@@ -465,9 +466,9 @@ def through_a_file(plugin, twin, tmp_path):
     strategy = naive(linear_head(), plugin)
     plugin.strategy = strategy  # leads back to where it came from
     plugin.view = strategy.model[0].weight.detach()[1:3]
-    write_file(path, captured(strategy))
+    write_file(path, encode(strategy))
     other = naive(linear_head(), twin)
-    restore(other, read_file(path, CPU))
+    decode(other, read_file(path, CPU))
     assert twin.strategy is other
     return other
 
@@ -616,7 +617,8 @@ def test_the_part_that_does_not_fit_is_named(folder, tiny):
     model = growing_head()
     model[1] = nn.ReLU()
     with pytest.raises(CheckpointError, match=r"model\._modules\['1'\] was Tanh, and is ReLU"):
-        checkpointed(tiny.train_stream, CLASSP(model=model, evaluator=None), folder)
+        strategy = CLASSP(model=model, train_mb_size=8, evaluator=None)
+        checkpointed(tiny.train_stream, strategy, folder)
 
 
 # --- loggers --------------------------------------------------------------------------------------
