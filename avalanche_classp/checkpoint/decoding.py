@@ -214,7 +214,7 @@ class _Decoder:
         if isinstance(found, torch.device):
             return found
         then, own = torch.device(record["name"]), self._strategy.device
-        return then if then.type in ("cpu", own.type) else own
+        return then if then.type in ("cpu", "meta", own.type) else own
 
     def _weakref(self, record: Any, twin: Any, where: str) -> Any:
         of_twin = twin() if isinstance(twin, weakref.ref) else None

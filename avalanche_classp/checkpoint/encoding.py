@@ -342,10 +342,11 @@ class _Encoder:
             self._findable(of, where)
             items = self._items(value, where, twin)
             return {"kind": "namedtuple", "class": class_name(of), "items": items}
-        if VALUES.get(of.__name__, (None,))[0] is of:
-            arguments = [self.value(v, where) for v in VALUES[of.__name__][1](value)]
+        name = of.__name__
+        if name in VALUES and VALUES[name][0] is of:
+            arguments = [self.value(v, where) for v in VALUES[name][1](value)]
             self._note(str(value), where)
-            return {"kind": "value", "of": of.__name__, "arguments": arguments}
+            return {"kind": "value", "of": name, "arguments": arguments}
         if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
             self._note(str(value), where)
             return {"kind": "torch", "name": str(value).removeprefix("torch.")}
@@ -480,7 +481,8 @@ class _Encoder:
         if has_state_dict(of) and not isinstance(value, nn.Module):
             state = self._state_dict(value, where, argument=isinstance(value, LRScheduler))
             return {**record, "kind": "state_dict", "state": state}
-        if not is_plain(of) or holds_samples(value):
+        is_weak = of.__module__ in ("weakref", "_weakrefset")  # with callbacks
+        if not is_plain(of) or is_weak or holds_samples(value):
             self._refuse(
                 where,
                 f"is a {of.__module__}.{of.__qualname__}, which a checkpoint "

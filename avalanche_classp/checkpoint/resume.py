@@ -240,7 +240,7 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         of = f" of {len(stream)}" if isinstance(stream, Sized) else ""
         done = f"{self.done}{of} experiences done"
         if epoch:
-            done += f", and {epoch} epochs of the next"
+            done += f", and {epoch} epoch{'s' * (epoch > 1)} of the next"
         line = f"Resuming from {self.good[-1]}: {done}"
         if isinstance(stream, Sized) and self.done >= len(stream):
             line = (

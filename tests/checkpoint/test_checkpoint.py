@@ -674,14 +674,14 @@ def test_several_processes_are_refused(tmp_path, tiny, monkeypatch):
         checkpointed(tiny.train_stream, strategy, tmp_path)
 
 
-# --- an older release's checkpoint ----------------------------------------------------------------
+# --- a stored checkpoint --------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_version_1_keeps_loading(tmp_path, tiny):
-    """Made by `resumed(folder, tiny, every_epochs=1)` with 3 epochs, after 2 of experience 1."""
+    """Written by `python tests/checkpoint/checkpoint_runs.py example tests/data`."""
     shutil.copy(DATA / "version-1.checkpoint", tmp_path / "00000005.checkpoint")
     stored = torch.load(DATA / "version-1-weights.pt", weights_only=True)
-    strategy, rest = resumed(tmp_path, tiny, every_epochs=1)
+    strategy, rest = checkpoint_runs.example(tiny, tmp_path, every_epochs=1)
     clock = strategy.clock
     assert (clock.train_exp_counter, clock.train_exp_epochs, clock.train_iterations) == (1, 2, 15)
     assert same(weights(strategy.model), stored["weights"])
