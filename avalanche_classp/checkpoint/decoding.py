@@ -258,10 +258,7 @@ class _Decoder:
         attributes = dict(vars(twin)) if self._dry else vars(twin)
         for name in record.get("deleted", ()):
             attributes.pop(name, None)
-        # A strategy's model first: the others hold its parameters, and have none of their own to
-        # put in their place.
-        for name in sorted(record["attributes"], key=lambda name: name != "model"):
-            value = record["attributes"][name]
+        for name, value in record["attributes"].items():
             attributes[name] = self.value(value, attributes.get(name), f"{where}.{name}")
         return twin
 

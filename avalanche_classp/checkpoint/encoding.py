@@ -492,8 +492,10 @@ class _Encoder:
         arguments = constructor_arguments(of)
         was_argument = self._argument
         attributes = {}
-        for name, attribute in vars(value).items():
+        # A strategy's model and optimizer first: others hold their parts, too, and are given them.
+        for name in sorted(vars(value), key=lambda name: name not in ("model", "optimizer")):
             if name not in left_out:
+                attribute = vars(value)[name]
                 self._argument = isinstance(value, nn.Module) or name in arguments
                 place = vars(twin).get(name) if type(twin) is of else None
                 attributes[name] = self.value(attribute, f"{where}.{name}", place)

@@ -135,7 +135,7 @@ def checkpointed(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError("checkpointed works in one process; torch.distributed is initialized")
     checkpoints = _Checkpoints(Path(folder), every_epochs, keep)
-    checkpoints.resume(strategy, stream, on_change)
+    checkpoints.resume(strategy, on_change)
     return checkpoints.remaining(strategy, stream)
 
 
@@ -178,13 +178,14 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         self.verified = False  # whether a checkpoint was read again
         self.done = 0  # how often the loop's body has ended
         self.begun = 0  # experiences that the loop's body has begun to train
+        self.epochs = 0  # of the experience that goes on
         self.within: Path | None = None  # the checkpoint from which an experience goes on
         self.random_state: Any = None  # before the experience's training
         self.train_epochs: int | None = None  # of an experience that goes on
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def resume(self, strategy: Any, stream: Iterable[Any], on_change: str) -> None:
+    def resume(self, strategy: Any, on_change: str) -> None:
         """Become a plugin of the strategy, and load the newest good checkpoint if there is one."""
         plugins = [p for p in strategy.plugins if not isinstance(p, _Checkpoints)]
         for plugin in plugins:
@@ -212,10 +213,10 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         self._compare_settings(content["settings"], on_change)
         self._restore(strategy, content)
         self.done = content["done"]
-        if content["epoch"]:
+        self.epochs = content["epoch"]
+        if self.epochs:
             self.within = self.good[-1]
             self.random_state = content["random_before_training"]
-        self._announce(content["epoch"], stream)
 
     def _compare_settings(self, then: dict[str, Any], on_change: str) -> None:
         found = Differences(then, self.initial.settings)
@@ -228,25 +229,23 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
                 f"{where}: {found.deciding}. Set this back, {choices}, or name another folder to "
                 f"start anew"
             )
-        if found.others and on_change != "script":
+        if found.others and on_change == "refuse":
             warnings.warn(f"{where}: {found.others}. The old values go on", stacklevel=4)
         if on_change == "script":
             self.from_script = found.paths
         else:
             self.settings = then
 
-    def _announce(self, epoch: int, stream: Iterable[Any]) -> None:
-        """Say from where a run goes on."""
-        of = f" of {len(stream)}" if isinstance(stream, Sized) else ""
+    def _announce(self, experiences: int | None, nothing_left: bool) -> None:
+        """Say from where a run goes on, or that there is nothing left to do."""
+        of = "" if experiences is None else f" of {experiences}"
         done = f"{self.done}{of} experiences done"
-        if epoch:
-            done += f", and {epoch} epoch{'s' * (epoch > 1)} of the next"
+        if self.epochs:
+            done += f", and {self.epochs} epoch{'s' * (self.epochs > 1)} of the next"
         line = f"Resuming from {self.good[-1]}: {done}"
-        if isinstance(stream, Sized) and self.done >= len(stream):
-            line = (
-                f"Nothing left to train: {self.good[-1]} has {done}; name another folder to start "
-                f"anew"
-            )
+        if nothing_left:
+            line = f"Nothing left to train: {self.good[-1]} has {done}; name another folder to "
+            line += "start anew"
         print(line, file=sys.stderr)
 
     def _files(self) -> list[Path]:
@@ -285,15 +284,23 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
 
     def remaining(self, strategy: Any, stream: Iterable[Any]) -> Iterator[Any]:
         """Yield the experiences that are left, and save after the loop's body."""
+        resumed, experiences = self.done > 0 or self.epochs > 0, None
+        if isinstance(stream, Sized):
+            experiences = len(stream)
         try:
             for i, experience in enumerate(stream):
                 if i < self.done:
                     continue
+                if resumed:
+                    self._announce(experiences, nothing_left=False)
+                    resumed = False
                 self.begun = 0
                 yield experience
                 self.within = None
                 self.done = i + 1
                 self._save(strategy, epoch=0)
+            if resumed:
+                self._announce(experiences, nothing_left=True)
         finally:
             strategy.plugins = [p for p in strategy.plugins if p is not self]
 
