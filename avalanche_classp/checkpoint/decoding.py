@@ -14,7 +14,7 @@ import functools
 import random
 import types
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,29 @@ class _Decoder:
         self._keep = keep
         self._dry = dry
         self._made: dict[int, Any] = {}
+        self._makers: dict[str, Callable[[Any, Any, str], Any]] = {
+            **dict.fromkeys(SEQUENCES, self._sequence),
+            "list": self._list,
+            "deque": self._deque,
+            "mapping": self._mapping,
+            "namedtuple": self._namedtuple,
+            "value": self._value,
+            "enum": self._enum,
+            "torch": self._torch,
+            "numpy dtype": self._numpy_dtype,
+            "array": self._array,
+            "number": self._number,
+            "device": self._device,
+            "weakref": self._weakref,
+            "script": self._script,
+            "not saved": self._not_saved,
+            "method": self._method,
+            "partial": self._partial,
+            "object": self._object,
+            "optimizer": self._optimizer,
+            "state_dict": self._state_dict,
+            "generator": self._generator,
+        }
 
     def value(self, record: Any, twin: Any, where: str) -> Any:
         """Return the value of a record, in place of its twin if that is of the same kind."""
@@ -116,10 +139,9 @@ class _Decoder:
             if isinstance(record, Tensor):
                 made = record if self._dry else _tensor(record, twin, self._strategy.device)
             else:
-                make = getattr(self, f"_{record['kind'].replace(' ', '_')}", None)
                 # Lists, mappings and objects note what they make before they fill it: they may
                 # hold themselves.
-                made = (make or self._sequence)(record, twin, where)
+                made = self._makers[record["kind"]](record, twin, where)
             self._made[id(record)] = made
         return self._made[id(record)]
 
@@ -323,8 +345,6 @@ class _Decoder:
         else:
             numpy_bit_generator(twin).state = state
         return twin
-
-    _random = _numpy = _generator
 
     def _misfit(self, where: str, name: str, twin: Any = None) -> CheckpointError:
         now = "nothing" if twin is None else type(twin).__name__

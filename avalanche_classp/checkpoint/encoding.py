@@ -188,7 +188,7 @@ def same_code(a: Any, b: Any) -> bool:
 # --- what the script built ------------------------------------------------------------------------
 
 
-class InitialState:
+class InitialState(NotSaved):
     """What a strategy held when the script had built it.
 
     The same script builds the same again after a crash. So a checkpoint may refer to the objects
@@ -215,6 +215,10 @@ class InitialState:
         self._imported = frozenset(sys.modules)
         self._layers = {type(module) for module in strategy.model.modules()}
         _Encoder(self, collecting=True).value(strategy, "strategy")
+
+    def __reduce__(self) -> Any:
+        """Be None in pickles and copies, which would hold other objects."""
+        return type(None), ()
 
     def add(self, value: Any, path: str) -> None:
         """Note an object; it is kept alive only if it is code."""
@@ -468,11 +472,11 @@ class _Encoder:
             return {**record, "kind": "generator", "state": value.get_state()}
         if isinstance(value, random.Random):
             with self._no_settings():
-                return {**record, "kind": "random", "state": self.value(value.getstate(), where)}
+                return {**record, "kind": "generator", "state": self.value(value.getstate(), where)}
         if isinstance(value, np.random.Generator | np.random.RandomState):
             with self._no_settings():
                 state = self.value(numpy_bit_generator(value).state, where)
-            return {**record, "kind": "numpy", "state": state}
+            return {**record, "kind": "generator", "state": state}
         if isinstance(value, Optimizer):
             with self._no_settings():
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]

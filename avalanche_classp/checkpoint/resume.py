@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ __all__ = ["CheckpointError", "checkpointed", "mend_save_checkpoint"]
 
 _SUFFIX = ".checkpoint"
 _ON_CHANGE = ("refuse", "script", "checkpoint")
-_INITIAL_STATES: weakref.WeakKeyDictionary[Any, InitialState] = weakref.WeakKeyDictionary()
+_INITIAL_STATE = "_initial_state_for_checkpoints"
+"""The attribute of a strategy by which it is known after it has trained, too."""
+
 _PATTERN = 8 * "[0-9]" + _SUFFIX
 
 
@@ -193,10 +194,11 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
                 plugin.take_over(strategy)
         strategy.plugins = [*plugins, self]
         content, problems = self._newest(self._files(), strategy)
-        if content is None or strategy not in _INITIAL_STATES:
-            _INITIAL_STATES[strategy] = InitialState(strategy)
         # A strategy at hand that has trained is no longer what the script built.
-        self.initial = _INITIAL_STATES[strategy]
+        self.initial = vars(strategy).get(_INITIAL_STATE)
+        if content is None or self.initial is None:
+            self.initial = InitialState(strategy)
+            setattr(strategy, _INITIAL_STATE, self.initial)
         self.settings = {path: value for path, (value, _) in self.initial.settings.items()}
         if content is None:
             buffer = io.BytesIO()

@@ -41,7 +41,8 @@ class Differences:
         deciding: list[str] = []
         others: list[str] = []
         for path, (value, is_argument) in now.items():
-            if path not in then or repr(then[path]) == repr(value):
+            # NaN equals itself here.
+            if path not in then or then[path] == value or repr(then[path]) == repr(value):
                 continue
             if isinstance(value, list):
                 self.shapes = self.shapes or is_argument
