@@ -246,7 +246,8 @@ def start(*words):
     """Start a fresh interpreter."""
     command = [sys.executable, checkpoint_runs.__file__, *map(str, words)]
     root = Path(avalanche_classp.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -678,7 +679,7 @@ def test_several_processes_are_refused(tmp_path, tiny, monkeypatch):
 
 
 def test_a_checkpoint_of_version_1_keeps_loading(tmp_path, tiny):
-    """Written by `python tests/checkpoint/checkpoint_runs.py example tests/data`."""
+    """Written by `PYTHONPATH=.:tests python tests/checkpoint/checkpoint_runs.py example FOLDER`."""
     shutil.copy(DATA / "version-1.checkpoint", tmp_path / "00000005.checkpoint")
     stored = torch.load(DATA / "version-1-weights.pt", weights_only=True)
     strategy, rest = checkpoint_runs.example(tiny, tmp_path, every_epochs=1)
