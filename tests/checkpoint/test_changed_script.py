@@ -239,6 +239,13 @@ class Stamped(On):
         self.python = torch.Generator().manual_seed(int(self.started * 1e6) % 2**30)
 
 
+def test_a_stream_of_another_length_is_refused(tmp_path):
+    stopped(sgd(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"len\(stream\) was 3 and is 2"):
+        run(sgd(), tmp_path, stream=STREAM[:2])
+    assert run(sgd(), tmp_path, stream=STREAM[:2], on_change="script").clock.train_exp_counter == 2
+
+
 def test_times_and_names_are_no_reason_to_refuse(tmp_path):
     stopped(sgd(plugins=[Stamped("a")]), tmp_path)
     plugin = Stamped("b")
