@@ -487,7 +487,8 @@ class _Encoder:
         if isinstance(value, Optimizer):
             with self._no_settings():
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]
-            state = self._state_dict(value, where, argument=True)
+                state = self._state_dict(value, where, argument=False)
+            self._note_groups(value.param_groups, f"{where}.state_dict()['param_groups']")
             return {**record, "kind": "optimizer", "groups": groups, "state": state}
         if has_state_dict(of) and not isinstance(value, nn.Module):
             state = self._state_dict(value, where, argument=isinstance(value, LRScheduler))
@@ -521,6 +522,16 @@ class _Encoder:
         state = self.value(value.state_dict(), f"{where}.state_dict()")
         self._argument = was_argument
         return state
+
+    def _note_groups(self, groups: list[dict[str, Any]], where: str) -> None:
+        """Note hyper-parameters, but not how many there are: a release may have more."""
+        was_argument, self._argument = self._argument, True
+        self._note(len(groups), f"len({where})")
+        for i, group in enumerate(groups):
+            for name, value in group.items():
+                if type(value) in (*ATOMS, tuple):
+                    self._note(value, f"{where}[{i}][{name!r}]")
+        self._argument = was_argument
 
     def _claim(self, value: Any, where: str) -> str | None:
         """Return the path of the script's object whose place this one takes, each only once."""

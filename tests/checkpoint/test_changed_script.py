@@ -53,6 +53,11 @@ def sgd(lr=0.1, model=linear_head, plugins=(), momentum=0.0, of=Naive, **kwargs)
     return build(of, built, optimizer=optimizer, plugins=list(plugins), **kwargs)
 
 
+def adam(**kwargs):
+    model = linear_head()
+    return naive(model, optimizer=torch.optim.Adam(model.parameters(), **kwargs))
+
+
 def classp(lr=0.1, phases=None, **kwargs):
     if phases is not None:
         kwargs["phases"] = phases
@@ -93,6 +98,7 @@ def with_optimizer(**values):
 CHANGES = {
     "lr": (sgd, {"lr": 0.1}, {"lr": 0.01}, r"param_groups\[0\]\['lr'\] was 0.1 and is 0.01"),
     "momentum": (sgd, {}, {"momentum": 0.9}, r"\['momentum'\] was 0.0 and is 0.9"),
+    "betas": (adam, {}, {"betas": (0.5, 0.9)}, r"betas'\] was \(0.9, 0.999\) and is \(0.5, 0.9\)"),
     "epochs": (sgd, {"train_epochs": 1}, {"train_epochs": 2}, r"train_epochs was 1 and is 2"),
     "batch": (sgd, {}, {"train_mb_size": 4}, r"strategy\.train_mb_size was 8 and is 4"),
     "eval batch": (sgd, {}, {"eval_mb_size": 4}, r"eval_mb_size was 8 and is 4"),
@@ -220,6 +226,27 @@ def test_another_shape_is_refused_and_named(tmp_path, on_change):
     assert 'on_change="checkpoint"' in str(caught.value)
     found = run(sgd(model=wide), tmp_path, on_change="checkpoint")
     assert same(weights(found.model), weights(whole(sgd, {})))
+
+
+def test_a_hyperparameter_that_only_a_later_release_has_is_no_change(tmp_path):
+    class Later(SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if new:
+                self.param_groups[0]["new"] = 1.0
+                self.version = 2
+
+        def state_dict(self):
+            return {**super().state_dict(), "version": 1 + new}
+
+    def make():
+        model = linear_head()
+        return naive(model, optimizer=Later(model.parameters(), lr=0.1))
+
+    new = False
+    stopped(make(), tmp_path)
+    new = True
+    run(make(), tmp_path)
 
 
 def test_a_head_that_grew_is_no_change(tmp_path):
