@@ -1,7 +1,7 @@
 """The in-memory data path: Avalanche's own loops and loaders, mini-batches at once.
 
 Avalanche's loaders ask a dataset for one sample after the other and then collate them. Here a
-sample only knows its index, and collating loads the whole mini-batch: one index operation, then
+sample only knows its position, and collating loads the whole mini-batch: one index operation, then
 the transforms on all samples together.
 """
 
@@ -149,15 +149,15 @@ def _warn(reason: str) -> None:
 class LazySample(Sequence[Any]):
     """A sample that is loaded when somebody looks into it; in a mini-batch nobody does."""
 
-    __slots__ = ("dataset", "elements", "index")
+    __slots__ = ("dataset", "elements", "position")
 
-    def __init__(self, dataset: InMemoryDataset, index: int) -> None:
-        self.dataset, self.index = dataset, index
+    def __init__(self, dataset: InMemoryDataset, position: int) -> None:
+        self.dataset, self.position = dataset, position
         self.elements: list[Any] | None = None
 
     def _load(self) -> list[Any]:
         if self.elements is None:
-            self.elements = self.dataset.load_sample(self.index)
+            self.elements = self.dataset.load_sample(self.position)
         return self.elements
 
     def __len__(self) -> int:
@@ -181,7 +181,7 @@ def _collate(samples: Sequence[Any], *, collate_fn_map: Any = None) -> list[Any]
     if all(type(sample) is LazySample for sample in samples):
         for _, group in groupby(samples, key=lambda sample: id(sample.dataset)):
             run = list(group)
-            runs.append((run[0].dataset, [sample.index for sample in run]))
+            runs.append((run[0].dataset, [sample.position for sample in run]))
     if not runs or any(dataset.reason_against_batches() for dataset, _ in runs):
         return default_collate([list(sample) for sample in samples])
     batches = [dataset.load_batch(indices) for dataset, indices in runs]
