@@ -160,9 +160,9 @@ class _Heads(nn.Module):
             nn.init.zeros_(head.bias)
             first = next(self.heads.parameters(), head.weight)
             self.heads[name] = head.to(first.device)
-        head = self.heads[name]
-        assert isinstance(head, nn.Linear)
-        return head
+        known = self.heads[name]
+        assert isinstance(known, nn.Linear)
+        return known
 
     def forward(self, x: Tensor) -> Tensor:
         """Return scores of shape (batch, labels)."""
