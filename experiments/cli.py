@@ -130,21 +130,22 @@ def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from experiments.protocol.methods import count_steps
-    from experiments.reporting.report import plain_table, table_rows
+    from experiments.reporting.tables import plain_table, table_rows
     from experiments.running.compare import attempt
-    from experiments.running.records import Results
+    from experiments.running.records import Results, current_commit
 
     warnings.simplefilter("ignore")
     results = Results(_output(options))
     logs = results.logs if options.tensorboard else None
     with tqdm(total=count_steps(config), unit="exp", desc=config.method, delay=1) as bar:
         result = attempt(config, options.data_root, bar.update, logs)
-    path = results.save(result | {"command": options.command_line})
+    made_by = {"command": options.command_line, "commit": current_commit()}
+    path = results.save(result | made_by)
     if "error" in result:
         print_error(f"{result['error']} (recorded in {path})")
         return 1
     print(plain_table(table_rows([result])))
-    print(f"\nresult file: {path}")
+    print(f"\nrecorded in {path}")
     if logs:
         print(f"to watch it: tensorboard --logdir {logs(config)}")
     return 0
@@ -194,7 +195,7 @@ def _report(options: argparse.Namespace) -> int:
         group = (result["config"]["benchmark"], result["config"]["scenario"])
         (failed if "error" in result else finished)[group].append(result)
     if not finished:
-        raise UserError(f"there are no finished runs in {options.folder / 'runs'}")
+        raise UserError(f"there are no finished runs in {options.folder}")
     for group, results in finished.items():
         folder = options.folder
         if len(finished) > 1:

@@ -14,15 +14,18 @@ from avalanche_classp import CLASSPOptimizer
 from experiments.arguments import make_parser
 from experiments.configfile import read_words
 from experiments.protocol.tuned_settings import place_of
-from experiments.reporting.report import markdown_table, table_rows
-from experiments.reporting.side_by_side import overview
+from experiments.reporting.side_by_side import side_by_side
+from experiments.reporting.tables import markdown_table, table_rows
 from experiments.running.records import Results
-from experiments.tuning import sensitivity
+from experiments.tuning.sensitivity import write_sensitivity
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(
+    page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("**/*.md"))
+)
 RESULTS = ROOT / "experiments" / "results"
-COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/runs"))
+COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/records.jsonl.gz"))
 ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
@@ -103,20 +106,19 @@ def test_published_sensitivities_follow_from_the_result_files(folder, tmp_path):
     methods = dict.fromkeys(row["method"] for row in csv.DictReader(published.splitlines()))
     config = Results(copy).load()[0]["config"]
     assert not config["validation"]
-    place = ["--benchmark", config["benchmark"], "--scenario", config["scenario"]]
-    assert sensitivity.main([*place, "--methods", *methods, "--output", str(copy)]) == 0
+    write_sensitivity(config["benchmark"], config["scenario"], list(methods), output=copy)
     assert (copy / "sensitivity.csv").read_text(encoding="utf-8") == published
-    assert len(list((copy / "runs").iterdir())) == len(list((folder / "runs").iterdir()))
+    assert len(Results(copy).load()) == len(Results(folder).load())
 
 
-def test_the_readme_shows_the_main_tables():
+def test_the_readme_or_the_docs_show_the_main_tables():
     names = [
         *("split-mnist-class", "split-mnist-domain", "split-mnist-task", "permuted-mnist-domain"),
         *("split-fmnist-class", "split-fmnist-domain", "split-fmnist-task", "mnist-fmnist-domain"),
         *("split-cifar10-task", "split-cifar10-class"),
     ]
-    for table in overview([RESULTS / name for name in names]):
-        assert table in README
+    for table in side_by_side([RESULTS / name for name in names]):
+        assert table in PAGES
 
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
@@ -140,6 +142,5 @@ def test_published_runs_use_the_settings_that_the_search_chose(folder):
 
 def test_every_key_of_a_result_is_explained():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    path = next(RESULTS.glob("*/runs/*.json"))
-    for key in json.loads(path.read_text(encoding="utf-8")):
+    for key in Results(COMPARISONS[0]).load()[0]:
         assert f"`{key}`" in text

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from experiments.errors import UserError, one_line
 from experiments.protocol.benchmarks import BENCHMARKS, require_possible
 from experiments.protocol.config import Epochs, Hyper, RunConfig
@@ -150,11 +148,6 @@ def make_config(
     for key, value in values.items():
         if value < 0:
             raise UserError(f"{key} of {method} must be at least 0, got {value!r}")
-    try:
-        # The methods check their own arguments: better now than in the middle of a comparison.
-        METHODS[method].build(nn.Linear(1, 1), values, {"criterion": nn.CrossEntropyLoss()})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{method}: {error}") from error
     usual: dict[str, Any] = {
         "model": spec.model,
         "experiences": spec.experiences,
@@ -170,6 +163,18 @@ def make_config(
         **(usual | fixed),
     )
     require_possible(benchmark, scenario, config.experiences)
+    _require_builds(config)
     if config.model != spec.model:
         make_model(config.model, spec.shape, spec.classes, multi_head=False)
     return config
+
+
+def _require_builds(config: RunConfig) -> None:
+    """Have the method check its own arguments: better now than in the middle of a comparison."""
+    from torch import nn
+
+    common = {"criterion": nn.CrossEntropyLoss()}
+    try:
+        METHODS[config.method].build(nn.Linear(1, 1), config.hyper, common)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config.method}: {error}") from error

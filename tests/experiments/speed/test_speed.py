@@ -59,7 +59,7 @@ def test_an_interrupted_measurement_does_not_say_that_it_goes_on(monkeypatch, ca
     def interrupted(rounds, device):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.speed.__main__.measure_step", interrupted)
+    monkeypatch.setattr("experiments.speed.cases.measure_step", interrupted)
     assert main(["step"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
