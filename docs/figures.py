@@ -19,7 +19,7 @@ FIGURE = ROOT / "docs" / "images" / "accuracy.png"
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and labels besides.
 LINES = {
-    "classp-matrix": ("CLASSP, directions", "#D55E00", "*"),
+    "classp-matrix": ('CLASSP, "gradients"', "#D55E00", "*"),
     "adagrad": ("AdaGrad", "#56B4E9", "s"),
     "adam": ("Adam", "#CC79A7", "D"),
     "ewc": ("EWC", "#0072B2", "^"),
