@@ -2,7 +2,7 @@
 
 import sys
 
-from avalanche_classp.optim import kernel
+from avalanche_classp.optim.backends import cpu_kernel
 
 if __name__ == "__main__":
-    sys.exit(0 if kernel.build() else 1)
+    sys.exit(0 if cpu_kernel.build() else 1)

@@ -16,9 +16,15 @@ from avalanche.evaluation.metric_results import MetricValue
 from avalanche.evaluation.metric_utils import phase_and_task, stream_type
 from torch import Tensor
 
-from avalanche_classp.optim.matrix import diagonal
-from avalanche_classp.optim.optimizer import CLASSPOptimizer, rule_of
-from avalanche_classp.optim.rule import Rule, accumulator_dtype, cutoff, largest_usable_gradient
+from avalanche_classp.optim.accumulators import diagonal
+from avalanche_classp.optim.optimizer import CLASSPOptimizer
+from avalanche_classp.optim.rule import (
+    Rule,
+    accumulator_dtype,
+    cutoff,
+    largest_usable_gradient,
+    rule_of,
+)
 
 __all__ = [
     "AccumulatorMetric",
@@ -51,7 +57,7 @@ class Layer(NamedTuple):
         param: the weights.
         grad: their last gradient, if there is one.
         accumulator: A, of the same shape; zeros where it was never updated; of a matrix accumulator
-            (``rank`` above 0) the diagonal, which is one number for each input; with
+            (``history="gradients"``) the diagonal, which is one number for each input; with
             ``both_sides`` the geometric mean of that of its input and of its output.
         rule: the hyper-parameters of its group.
     """
@@ -81,12 +87,8 @@ def layers(strategy: Any) -> Iterator[Layer]:
     rules = {p: rule_of(group) for group in optimizer.param_groups for p in group["params"]}
     for name, p in strategy.model.named_parameters():
         if p in rules:
-            state = optimizer.state.get(p, {})
-            if "sketch" in state:
-                accumulator = diagonal(state, p)
-            elif "accumulator" in state:
-                accumulator = state["accumulator"]
-            else:
+            accumulator = diagonal(optimizer.state.get(p), p)
+            if accumulator is None:
                 accumulator = torch.zeros_like(p.detach(), dtype=accumulator_dtype(p))
             yield Layer(name, p.detach(), p.grad, accumulator, rules[p])
 

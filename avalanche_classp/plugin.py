@@ -13,13 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from avalanche_classp.optim.optimizer import (
-    CLASSPOptimizer,
-    checked_consolidation,
-    has_history,
-    validate_hyperparameters,
-)
-from avalanche_classp.optim.transfer import fitted
+from avalanche_classp.optim.accumulators import has_history, kind_of
+from avalanche_classp.optim.hyperparameters import validate, validated_factor
+from avalanche_classp.optim.optimizer import CLASSPOptimizer
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
 
@@ -35,7 +31,7 @@ power 1."""
 
 _PHASE_KEYS = ("lr", "threshold", "epsilon", "power", "apply_decay")
 # What an optimizer that is being replaced hands on, where it has it.
-_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "rank", "both_sides")
+_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "history", "rank", "both_sides")
 # Choices of implementation: nothing is lost with them.
 _IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -63,6 +59,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         nonfinite: likewise.
         foreach: likewise.
         fused: likewise.
+        history: likewise.
         rank: likewise.
         both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
@@ -125,6 +122,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        history: str | None = None,
         rank: int | None = None,
         both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
@@ -140,16 +138,17 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             "nonfinite": nonfinite,
             "foreach": foreach,
             "fused": fused,
+            "history": history,
             "rank": rank,
             "both_sides": both_sides,
         }
         self.hyperparameters = {k: v for k, v in given.items() if v is not None}
         """What was given; None was left out."""
-        validate_hyperparameters(self.hyperparameters)
+        validate(self.hyperparameters)
 
         self.phases = None if phases is None else _validated_phases(phases)
         """The phases, or None."""
-        self.consolidation = checked_consolidation("consolidation", consolidation)
+        self.consolidation = validated_factor("consolidation", consolidation)
         """What accumulators are multiplied by when the next experience begins."""
         self.experiences_seen = 0
         """Number of experiences known to be trained to their end: the index of the current one."""
@@ -312,7 +311,7 @@ def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:
             if key not in _PHASE_KEYS:
                 raise ValueError(f"phases[{i}] has the key {key!r}; known are {_PHASE_KEYS}")
         try:
-            validate_hyperparameters(phase)
+            validate(phase)
         except (TypeError, ValueError) as error:
             raise type(error)(f"phases[{i}]: {error}") from None
     return tuple(dict(phase) for phase in phases)
@@ -391,13 +390,14 @@ def _restore_histories(strategy: Any, histories: Mapping[str, Mapping[str, Any]]
         history = histories.get(name)
         if history is None:
             continue
-        carried = fitted(history, p)
+        kind = kind_of(history)
+        assert kind is not None
+        carried = kind.resize(history, p)
         if carried is not None:
             state[p] = carried
         else:
-            old = next(iter(history.values())).shape
             warnings.warn(
-                f"parameter {name!r} changed its shape from {tuple(old)} to "
+                f"parameter {name!r} changed its shape from {tuple(kind.shape(history, p))} to "
                 f"{tuple(p.shape)}, which is not growth: its CLASSP history was dropped",
                 stacklevel=2,
             )

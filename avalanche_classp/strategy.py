@@ -43,6 +43,7 @@ class CLASSP(SupervisedTemplate):
         nonfinite: likewise.
         foreach: likewise.
         fused: likewise.
+        history: likewise.
         rank: likewise.
         both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
@@ -108,6 +109,7 @@ class CLASSP(SupervisedTemplate):
         nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        history: str | None = None,
         rank: int | None = None,
         both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
@@ -142,6 +144,7 @@ class CLASSP(SupervisedTemplate):
             nonfinite=nonfinite,
             foreach=foreach,
             fused=fused,
+            history=history,
             rank=rank,
             both_sides=both_sides,
             phases=phases,

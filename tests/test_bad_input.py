@@ -242,10 +242,10 @@ def test_a_damaged_accumulator_is_refused():
 
 
 def test_a_damaged_sketch_is_refused():
-    good = trained(rank=2, both_sides=True).state_dict()["state"][0]
+    good = trained(history="gradients", rank=2, both_sides=True).state_dict()["state"][0]
     for key in good:
         for value in (*BAD_ACCUMULATORS, torch.ones(2, 2), torch.full((), -1.0)):
-            state = trained(rank=2, both_sides=True).state_dict()
+            state = trained(history="gradients", rank=2, both_sides=True).state_dict()
             state["state"][0][key] = value
             as_good = torch.is_tensor(value) and key.endswith("sketch")
             if as_good and value.shape == good[key].shape and value.isfinite().all():

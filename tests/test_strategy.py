@@ -248,7 +248,7 @@ def test_without_numbers_it_uses_the_optimizers_defaults():
     strategy = CLASSP(model=linear_head(), evaluator=None)
     parameters = inspect.signature(CLASSPOptimizer).parameters
     defaults = {n: p.default for n, p in parameters.items() if n != "params"}
-    assert len(defaults) == 11
+    assert len(defaults) == 12
     assert {name: values(strategy.optimizer, name) for name in defaults} == {
         name: [default] for name, default in defaults.items()
     }

@@ -2,67 +2,52 @@
 
 Paper: Oswaldo Ludwig, "CLASSP: a Biologically-Inspired Approach to Continual Learning through
 Adjustment Suppression and Sparsity Promotion", 2024, https://arxiv.org/abs/2405.09637.
-
-This module needs torch alone.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
-from typing import Any, TypeGuard, overload
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from avalanche_classp.optim.backends import update_, usable
-from avalanche_classp.optim.matrix import (
-    absorb_rows_,
-    consolidate_,
-    fitted_sketch,
-    matrix_update_,
-    new_sketch,
-    sides_of,
-    size_of,
-    takes_matrix,
-    widen_,
+from avalanche_classp.optim import state_dict as saved
+from avalanche_classp.optim.accumulators import Accumulator, Update, kind_for, kind_of
+from avalanche_classp.optim.accumulators.base import DTYPES
+from avalanche_classp.optim.backends import find_nonfinite
+from avalanche_classp.optim.hyperparameters import (
+    SPECS,
+    documented,
+    require_positive_epsilon,
+    resolve,
+    validate,
+    validated_factor,
 )
-from avalanche_classp.optim.rule import (
-    Rule,
-    accumulator_dtype,
-    largest_usable_gradient,
-    sparse_update_,
-)
-from avalanche_classp.optim.sharding import bad_anywhere, is_dtensor, local, local_gradient
+from avalanche_classp.optim.rule import rule_of
+from avalanche_classp.optim.sharding import bad_anywhere, local_gradient
 
-__all__ = [
-    "CLASSPOptimizer",
-    "CLASSP_optimizer",
-    "NonFiniteGradientError",
-    "checked_consolidation",
-    "has_history",
-    "rule_of",
-    "validate_hyperparameters",
-]
-
-_NONFINITE_POLICIES = ("raise", "skip")
-
-STATE_VERSION = 3
-"""The version of what ``state_dict()`` returns. Raised when older releases could misread it; what
-release 0.1.0 wrote has none and counts as 0."""
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-_ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay")
-"""Keys that a saved group of every version has."""
+__all__ = ["CLASSPOptimizer", "CLASSP_optimizer", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient that :class:`CLASSPOptimizer` refuses; no weight or accumulator has changed."""
 
 
+class _Entry(NamedTuple):
+    """A parameter with a gradient, and where it stands in the groups."""
+
+    group_index: int
+    place: int
+    param: Tensor
+    grad: Tensor
+    kind: Accumulator
+
+
+@documented()
 class CLASSPOptimizer(Optimizer):
     r"""Implements CLASSP, an optimizer for continual learning without stored data or task labels.
 
@@ -97,77 +82,33 @@ class CLASSPOptimizer(Optimizer):
     * ``power=2, threshold=0`` is AdaGrad: :class:`torch.optim.Adagrad` with ``eps=0`` and
       ``initial_accumulator_value=epsilon``. ``apply_decay=False, threshold=0`` is plain SGD.
 
-    How to choose values. The defaults are a compromise over five benchmarks, chosen on validation
-    data (experiments/results has the trials); a search on your own stream finds better ones. With
-    ``power=1`` a weight's whole travel is bounded by about
-    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`, where both count epsilon
-    in and :math:`A_\text{start}` has the first gradient: lr is a length in weight space, not a
-    rate. Choose it as the distance that you would let a weight go (0.001 to 0.1 for
-    usual initialisations), not as SGD's lr. A smaller ``power`` forgives less: the effective rate
-    falls like :math:`A^{-1/\textit{power}}`. ``epsilon`` is the history that every weight is born
-    with: far below a typical :math:`|g|^\textit{power}` each weight's first step has length lr
-    whatever its gradient, far above it the optimizer starts as SGD with the rate
-    :math:`\textit{lr} / \textit{epsilon}^{1/\textit{power}}`. ``threshold`` compares with a
-    squared gradient, so 1e-6 means "leave weights with a gradient below 1e-3 alone"; gradients
-    shrink with larger batches, and so should the threshold.
+    How to choose values. lr is a length in weight space, not a rate: with ``power=1`` a weight's
+    whole travel is bounded by about
+    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`. Choose the distance that
+    you would let a weight go (0.001 to 0.1 for usual initialisations), not SGD's lr. A smaller
+    ``power`` forgives less: the effective rate falls like :math:`A^{-1/\textit{power}}`.
+    ``epsilon`` is the history that every weight is born with. Far below a typical
+    :math:`|g|^\textit{power}` each weight's first step has length lr whatever its gradient; far
+    above it the optimizer starts as SGD with the rate
+    :math:`\textit{lr} / \textit{epsilon}^{1/\textit{power}}`. ``threshold`` compares with a squared
+    gradient: 1e-6 leaves weights with a gradient below 1e-3 alone. Gradients shrink with larger
+    batches, and so should the threshold. With ``history="gradients"`` that last rate is SGD's in
+    directions that are still free.
 
     Args:
         params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define
-            parameter groups; each group may set its own lr, threshold, epsilon, power and
-            apply_decay. Any shape; float64, float32, bfloat16 and float16.
-        lr: step length, >= 0 (α in the paper; a one-element tensor works too). Default: 1e-3.
-        threshold: a weight changes where its squared gradient is greater, >= 0; 0 lets every
-            non-zero gradient through. Default: 0.
-        epsilon: stands inside the root and is added to every accumulator, >= 0 (ε). Default: 1e-8.
-        power: exponent of the accumulated gradients, > 0 (p). Default: 1.5.
-        apply_decay: whether the accumulators scale the steps. Default: True.
-        maximize: maximize the objective instead of minimizing it. Default: False.
-        nonfinite: what to do about a gradient that is NaN or infinite, or so large that a sum of
-            ``|g|**power`` could become infinite (in float32 above 1e31 with power 1, above 3e15
-            with power 2). ``"raise"``: :meth:`step` raises a NonFiniteGradientError (a
-            RuntimeError) that names the parameter, before any weight or accumulator has changed;
-            catch it to drop the batch. ``"skip"``: these weights and their accumulators stay as
-            they are, the others are updated. In no case does such a gradient enter an
-            accumulator, which would freeze the weight for good. The check reads all gradients
-            once more and makes the host wait for a GPU once a step; ``"skip"`` does neither.
-            Default: ``"raise"``.
-        foreach: whether to take few operations over all parameters (True) or a loop over the
-            parameters (False), as torch's optimizers do. Default (None): the fastest path that
-            needs no compiler; on a GPU that is foreach, on a CPU the rule on blocks that fit in
-            the caches, or the kernel of ``fused`` if this machine has it already.
-        fused: whether to go through memory only once. On a CPU, with float32 and float64, a
-            kernel that the C++ compiler at hand builds at the first step, in about two seconds,
-            once for the machine (``python -m avalanche_classp.build_kernel`` does it ahead of
-            time); that is announced, and where it fails a UserWarning says why and the default
-            path is taken. On a GPU ``torch.compile``, not yet measured on one. False: never, nor
-            a kernel that lies ready. Default (None): see ``foreach``.
-        rank: 0 is the paper's rule: a history for every weight. Above 0, an extension of ours:
-            every parameter with two dimensions or more has a matrix accumulator, a history for
-            every direction of its layer's inputs, in a sketch of so many columns (16 to 256
-            were tried); vectors keep the rule above. With the gradient G as a matrix,
-            outputs × inputs,
-            :math:`A \leftarrow A + G^\top G \lVert G \rVert^{p-2}` and
-            :math:`W \leftarrow W - lr \cdot G (\epsilon I + A)^{-1/p}`; see
-            ``avalanche_classp/matrix.py``. It keeps rank numbers for each input of a layer, but
-            not more than there are weights (of layers with less than 8 outputs, 8 for each input).
-            Each step takes a few matrix products and an eigenvalue decomposition of rank + 8 rows.
-            Epsilon must be above 0, and counts more: :math:`lr / \epsilon^{1/p}` is SGD's rate in
-            directions that are still free; begin with 0.1 to 0.3 for it. ``foreach`` and ``fused``
-            do not concern such parameters. Default: 0.
-        both_sides: with rank above 0, whether there is such a history of the outputs, too,
-            :math:`L \leftarrow L + G G^\top \lVert G \rVert^{p-2}`, and
-            :math:`W \leftarrow W - lr \cdot (\epsilon I + L)^{-1/2p} \, G \,
-            (\epsilon I + A)^{-1/2p}`. It counts when a parameter's history begins.
-            Default: False.
+            parameter groups; each group may set every hyper-parameter itself. Any shape; float64,
+            float32, bfloat16 and float16.
+        {hyperparameters}
 
-    All paths give the same numbers: with the powers 1 and 2 to the last bit on a CPU with AVX2,
-    else but for rounding. Only ``foreach=True``, ``foreach=False`` and a GPU's default need memory
-    in proportion to the parameters during a step.
+    All ways to take a step give the same numbers: with the powers 1 and 2 to the last bit on a CPU
+    with AVX2, with others but for rounding. Only ``foreach=True``, ``foreach=False`` and a GPU's
+    default need memory in proportion to the parameters during a step.
 
     Raises:
         TypeError: an argument of a wrong type, or complex or integer parameters.
-        ValueError: an argument out of its range, or rank above 0 with epsilon 0 (from :meth:`step`
-            where a group was changed); the message names it and the value.
+        ValueError: an argument out of its range or without effect; the message names it and the
+            value. A group that was changed to epsilon 0 is refused by :meth:`step`.
         NonFiniteGradientError: from :meth:`step`, with ``nonfinite="raise"``.
 
     Sparse gradients (``torch.nn.Embedding(sparse=True)``) work and touch the rows that they name
@@ -214,67 +155,70 @@ class CLASSPOptimizer(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        threshold: float = 0.0,
-        epsilon: float = 1e-8,
-        power: float = 1.5,
-        apply_decay: bool = True,
+        lr: float | Tensor | None = None,
+        threshold: float | None = None,
+        epsilon: float | None = None,
+        power: float | None = None,
+        apply_decay: bool | None = None,
         *,
-        maximize: bool = False,
-        nonfinite: str = "raise",
+        history: str | None = None,
+        rank: int | None = None,
+        both_sides: bool | None = None,
+        nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
-        rank: int = 0,
-        both_sides: bool = False,
+        maximize: bool | None = None,
     ) -> None:
-        defaults = {
+        given = {
             "lr": lr,
             "threshold": threshold,
             "epsilon": epsilon,
             "power": power,
             "apply_decay": apply_decay,
-            "maximize": maximize,
+            "history": history,
+            "rank": rank,
+            "both_sides": both_sides,
             "nonfinite": nonfinite,
             "foreach": foreach,
             "fused": fused,
-            "rank": rank,
-            "both_sides": both_sides,
+            "maximize": maximize,
         }
         # The defaults are checked even if every group overrides them.
-        validate_hyperparameters(defaults)
+        validate(given)
         if not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be an iterable of parameters, of (name, parameter) pairs or of "
                 f"dicts, got {params!r}"
             )
-        super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("maximize", False)
-            group.setdefault("nonfinite", "raise")
-            group.setdefault("foreach", None)
-            group.setdefault("fused", None)
-            group.setdefault("rank", 0)
-            group.setdefault("both_sides", False)
+        super().__init__(params, resolve(given))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; hyper-parameters that it does not name are the constructor's.
+
+        A group with a history of its own has that history's defaults for lr, epsilon, power and
+        what the history alone has.
 
         Raises:
             TypeError, ValueError: as the constructor.
         """
         if isinstance(param_group, dict):
-            validate_hyperparameters({**self.defaults, **param_group})
             if not isinstance(param_group.get("params"), Iterable):
                 raise TypeError(
                     f"params of a group must be a parameter or an iterable of them, got "
                     f"{param_group.get('params')!r}"
                 )
+            own = {name: param_group[name] for name in SPECS if param_group.get(name) is not None}
+            history = own.get("history", self.defaults["history"])
+            inherited = {
+                name: self.defaults[name]
+                for name, spec in SPECS.items()
+                if history == self.defaults["history"] or not spec.defaults
+            }
+            validate({**inherited, **own})
+            param_group = {**param_group, **resolve({**inherited, **own})}
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if p.dtype not in _DTYPES:
+            if p.dtype not in DTYPES:
                 del self.param_groups[-1]
                 raise TypeError(
                     f"CLASSPOptimizer takes real floating-point parameters of 16 to 64 bits; got "
@@ -286,44 +230,32 @@ class CLASSPOptimizer(Optimizer):
 
         The accumulators are the optimizer's own tensors, not copies.
         """
-        return {**super().state_dict(), "version": STATE_VERSION}
+        return {**super().state_dict(), "version": saved.VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` of this or an older release returned.
+        """Load what :meth:`state_dict` returned.
 
         The accumulators go to the devices of the parameters, wherever they were saved.
 
         Raises:
-            TypeError, ValueError: it is no CLASSPOptimizer's, of a newer version, or its groups or
+            TypeError, ValueError: it is no CLASSPOptimizer's, of another version, or its groups or
                 shapes are not this optimizer's. Nothing has been changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         loaded: dict[str, Any] = {}
 
-        def note(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            _require_loadable(state_dict, optimizer.param_groups)
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            saved.require_loadable(state_dict, optimizer.param_groups)
             loaded.update(state_dict)
 
-        def take_whole_accumulators(optimizer: Optimizer) -> None:
-            # torch shares the tensors with the state_dict, where two optimizers would both add to
-            # them, and casts them to the parameter's dtype, which would round the float32
-            # accumulators of half-precision parameters.
-            saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            for saved_id, p in zip(saved_ids, params, strict=True):
-                for name, saved in loaded["state"].get(saved_id, {}).items():
-                    if isinstance(saved, Tensor):
-                        self.state[p][name] = saved.to(
-                            device=p.device, dtype=accumulator_dtype(p), copy=True
-                        )
-                if p in self.state:
-                    absorb_rows_(self.state[p])
+        def copy(optimizer: Optimizer) -> None:
+            saved.copy_accumulators(loaded, optimizer)
 
         # After the user's own pre-hooks, and before the post-hooks.
         hooks = (
-            self.register_load_state_dict_pre_hook(note),
-            self.register_load_state_dict_post_hook(take_whole_accumulators, prepend=True),
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(copy, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
@@ -357,24 +289,20 @@ class CLASSPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        self._check_gradients()
-        for group in self.param_groups:
-            rule = rule_of(group)
-            dense = []
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if takes_matrix(p, group["rank"]):
-                    matrix_update_(p, p.grad, self._sketch_of(p, group), rule)
-                    continue
-                grad = local_gradient(p, p.grad)
-                weights, accumulator = local(p), local(self._accumulator_of(p))
-                if grad.is_sparse:
-                    sparse_update_(weights, grad, accumulator, rule)
-                else:
-                    dense.append((weights, grad, accumulator))
-            update_(dense, rule, group["foreach"], group["fused"])
+        entries = self._entries()
+        with ExitStack() as stack:
+            for device_type in {entry.param.device.type for entry in entries} - {"meta"}:
+                if torch.is_autocast_enabled(device_type):
+                    # Products of accumulators need their own precision.
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
+            self._require_finite(entries)
+            updates: dict[tuple[int, Accumulator], list[Update]] = {}
+            for entry in entries:
+                update = Update(entry.param, entry.grad, self._state_of(entry))
+                updates.setdefault((entry.group_index, entry.kind), []).append(update)
+            for (group_index, kind), some in updates.items():
+                group = self.param_groups[group_index]
+                kind.update_(some, rule_of(group), group)
         return loss
 
     @torch.no_grad()
@@ -382,17 +310,16 @@ class CLASSPOptimizer(Optimizer):
         r"""Multiply what every parameter has accumulated; call it when a task has ended.
 
         An extension, not in the paper. From then on what was learnt counts factor times as much as
-        what comes, which lets steps be large while a task is learnt and small where a former one
-        was:
+        what comes. So steps can be large while a task is learnt and small where a former one was:
 
         .. math::
 
             A \leftarrow \max(A, \min(\textit{factor} \cdot A, C))
 
-        The ceiling :math:`C` keeps the numbers usable however often it is called: the square root
-        of the largest number of the accumulator's dtype, and of a matrix accumulator, direction by
-        direction, epsilon times :math:`2^{20}` (float64: :math:`2^{49}`), beside which a history
-        as large as epsilon can just be told from rounding.
+        The ceiling :math:`C` keeps the numbers usable however often it is called. It is the square
+        root of the largest number of the accumulator's dtype. For a history of directions it is, in
+        each direction, epsilon times :math:`2^{20}` (float64: :math:`2^{49}`), beside which a
+        history as large as epsilon can just be told from rounding.
 
         Args:
             factor: >= 1; 1 changes nothing.
@@ -400,95 +327,95 @@ class CLASSPOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: it is no number, or out of its range.
         """
-        factor = checked_consolidation("factor", factor)
+        factor = validated_factor("factor", factor)
         if factor == 1:
             return
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state.get(p, {})
-                if "sketch" in state:
-                    consolidate_(state, factor, group["epsilon"])
-                if "accumulator" in state:
-                    accumulator = local(state["accumulator"])
-                    raised = (accumulator * factor).clamp_max_(
-                        torch.finfo(accumulator.dtype).max ** 0.5
-                    )
-                    torch.maximum(accumulator, raised, out=accumulator)
+                state = self.state.get(p)
+                if state and (kind := kind_of(state)):
+                    kind.consolidate_(state, factor, group["epsilon"])
 
-    def _accumulator_of(self, p: Tensor) -> Tensor:
-        """Return a parameter's accumulator: zero at first, later where ``model.to()`` put it."""
-        state = self.state[p]
-        dtype = accumulator_dtype(p)
-        # The key and not the dict: Avalanche leaves an empty dict for a new head.
-        if "accumulator" not in state:
-            state["accumulator"] = torch.zeros_like(
-                p, dtype=dtype, memory_format=torch.preserve_format
-            )
-        accumulator = state["accumulator"]
-        if accumulator.device != p.device or accumulator.dtype != dtype:
-            accumulator = state["accumulator"] = accumulator.to(p.device, dtype)
-        return accumulator
-
-    def _sketch_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a parameter's matrix accumulator, like :meth:`_accumulator_of`."""
-        state = self.state[p]
-        if "sketch" not in state:
-            state.update(new_sketch(p, group["rank"], group["both_sides"]))
-        elif (state["sketch"].device, state["sketch"].dtype) != (p.device, accumulator_dtype(p)):
-            state.update(fitted_sketch(state, p) or {})
-        widen_(state, p, group["rank"])
+    def _state_of(self, entry: _Entry) -> dict[str, Any]:
+        """Return a parameter's state, on the device where ``model.to()`` put the parameter."""
+        state, group = self.state[entry.param], self.param_groups[entry.group_index]
+        if entry.kind.key not in state:
+            state.update(entry.kind.new(entry.param, group))
+        entry.kind.fit_(state, entry.param, group)
         return state
 
-    def _check_gradients(self) -> None:
-        """Raise, before anything is changed, if a gradient cannot be used."""
-        for group in self.param_groups:
-            _require_positive_epsilon(group)
-        grads, limits, fused, places = [], [], [], []
-        params = [
-            (group_index, index, p)
-            for group_index, group in enumerate(self.param_groups)
-            for index, p in enumerate(group["params"])
+    def _entries(self) -> list[_Entry]:
+        """Return the parameters that have gradients, each gradient brought here once.
+
+        Raises:
+            RuntimeError, ValueError: what :meth:`step` says, but for non-finite gradients.
+        """
+        entries = []
+        for group_index, group in enumerate(self.param_groups):
+            require_positive_epsilon(group["history"], group["epsilon"])
+            for index, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                where = f"parameter {index} of group {group_index}"
+                kind = kind_for(p, group["history"])
+                if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                    raise RuntimeError(
+                        f"CLASSPOptimizer takes dense and sparse COO gradients; {where} has one of "
+                        f"layout {p.grad.layout}"
+                    )
+                if refusal := kind.refusal(p):
+                    raise RuntimeError(
+                        f"history={group['history']!r} takes whole parameters with dense "
+                        f"gradients; {where} is {refusal}: give it history='weights'"
+                    )
+                state = self.state.get(p)
+                shape = kind.shape(state, p) if state and kind.key in state else p.shape
+                # A kernel knows no shapes and would write beyond the tensors.
+                if not p.grad.shape == p.shape == shape:
+                    raise RuntimeError(
+                        f"{where} has the shape {tuple(p.shape)}, its gradient "
+                        f"{tuple(p.grad.shape)} and its accumulator {tuple(shape)}: its data was "
+                        f"replaced; make an optimizer for the new shape, and carry what was "
+                        f"accumulated with avalanche_classp.carry_accumulators"
+                    )
+                grad = local_gradient(p, p.grad)
+                entries.append(_Entry(group_index, index, p, grad, kind))
+        return entries
+
+    def _require_finite(self, entries: list[_Entry]) -> None:
+        """Raise if a gradient of a group with ``nonfinite="raise"`` cannot be used."""
+        checked = [
+            entry
+            for entry in entries
+            if self.param_groups[entry.group_index]["nonfinite"] == "raise"
+            and not isinstance(entry.grad, FakeTensor)  # it has no values
         ]
-        for place, (group_index, index, p) in enumerate(params):
-            group = self.param_groups[group_index]
-            if p.grad is None:
-                continue
-            if p.grad.layout not in (torch.strided, torch.sparse_coo):
-                raise RuntimeError(
-                    f"CLASSPOptimizer takes dense and sparse COO gradients; parameter {index} of "
-                    f"group {group_index} has one of layout {p.grad.layout}"
-                )
-            if takes_matrix(p, group["rank"]) and (is_dtensor(p) or p.grad.is_sparse):
-                kind = "a DTensor" if is_dtensor(p) else "one with a sparse gradient"
-                raise RuntimeError(
-                    f"matrix accumulators take whole parameters with dense gradients; parameter "
-                    f"{index} of group {group_index}, which has rank={group['rank']}, is {kind}: "
-                    f"give it rank=0"
-                )
-            history = self.state.get(p, {}).get("accumulator", p)
-            # A kernel knows no shapes and would write beyond the tensors.
-            if not p.grad.shape == p.shape == history.shape:
-                raise RuntimeError(
-                    f"parameter {index} of group {group_index} has the shape {tuple(p.shape)}, its "
-                    f"gradient {tuple(p.grad.shape)} and its accumulator {tuple(history.shape)}: "
-                    f"its data was replaced; make an optimizer for the new shape, and carry what "
-                    f"was accumulated with avalanche_classp.carry_accumulators"
-                )
-            if group["nonfinite"] == "skip":
-                continue
-            grad = local_gradient(p, p.grad)
-            # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
-            grads.append(grad.coalesce().values() if grad.is_sparse else grad)
-            limits.append(largest_usable_gradient(accumulator_dtype(p), float(group["power"])))
-            fused.append(group["fused"])
-            places.append(place)
-        verdicts = usable(grads, limits, fused)
-        bad = [place for place, good in zip(places, verdicts, strict=True) if not good]
+        groups = [self.param_groups[entry.group_index] for entry in checked]
+        # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
+        found = find_nonfinite(
+            [e.grad.coalesce().values() if e.grad.is_sparse else e.grad for e in checked],
+            [
+                entry.kind.limit(entry.param, float(group["power"]))
+                for entry, group in zip(checked, groups, strict=True)
+            ],
+            [group["fused"] for group in groups],
+        )
+        # As many in each process: a parameter without a gradient here may have one elsewhere.
+        places = {
+            (g, i): place
+            for place, (g, i) in enumerate(
+                (g, i)
+                for g, group in enumerate(self.param_groups)
+                for i in range(len(group["params"]))
+            )
+        }
+        params = [p for group in self.param_groups for p in group["params"]]
+        bad = [places[checked[i].group_index, checked[i].place] for i in found]
         if any(group["nonfinite"] == "raise" for group in self.param_groups):
-            bad = bad_anywhere(bad, [p for _, _, p in params])
+            bad = bad_anywhere(bad, params)
         if not bad:
             return
-        group_index, index, p = params[bad[0]]
+        group_index, index = list(places)[bad[0]]
         group = self.param_groups[group_index]
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
@@ -496,255 +423,11 @@ class CLASSPOptimizer(Optimizer):
         raise NonFiniteGradientError(
             f"non-finite gradient (NaN, infinite, or too large for sums of |g|**power with "
             f"power={group['power']}) in parameter{name} {index} of group {group_index}, shape "
-            f"{tuple(p.shape)}; {len(bad)} of {len(verdicts)} gradients are affected "
+            f"{tuple(params[bad[0]].shape)}; {len(bad)} of {len(checked)} gradients are affected "
             f"and nothing was changed. Find its cause, drop the batch, or pass nonfinite='skip' to "
             f"leave such weights as they are"
         )
 
 
-def rule_of(group: Mapping[str, Any]) -> Rule:
-    """Return the update rule of a parameter group."""
-    return Rule(
-        lr=float(group["lr"]),
-        threshold=float(group["threshold"]),
-        epsilon=float(group["epsilon"]),
-        power=float(group["power"]),
-        apply_decay=group["apply_decay"],
-        maximize=group["maximize"],
-        skip_nonfinite=group["nonfinite"] == "skip",
-    )
-
-
-def has_history(state: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Tell whether an optimizer's state of a parameter holds a history."""
-    # The keys and not the dict: Avalanche leaves an empty dict for a new head.
-    return state is not None and ("accumulator" in state or "sketch" in state)
-
-
-def _require_loadable(
-    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """Raise if this is not the state of a CLASSPOptimizer with such parameters."""
-    version = state_dict.get("version", 0)
-    if type(version) is not int or not 0 <= version <= STATE_VERSION:
-        raise ValueError(
-            f"state_dict has version {version!r}, and this release of avalanche-classp reads "
-            f"versions up to {STATE_VERSION}; load it with a newer release"
-        )
-    if missing := [key for key in ("state", "param_groups") if key not in state_dict]:
-        raise ValueError(f"state_dict is no optimizer's: it has no {missing[0]!r}")
-    state, saved_groups = state_dict["state"], state_dict["param_groups"]
-    _require_type("state", state, Mapping)
-    _require_type("param_groups", saved_groups, list, tuple)
-    ids: set[int | str] = set()
-    for i, group in enumerate(saved_groups):
-        _require_type(f"param_groups[{i}]", group, Mapping)
-        if missing := [key for key in _ALWAYS_SAVED if key not in group]:
-            raise ValueError(
-                f"state_dict is no CLASSPOptimizer's: its param_groups[{i}] has no {missing[0]!r}"
-            )
-        try:
-            validate_hyperparameters(group)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
-        _require_type(f"param_groups[{i}]['params']", group["params"], list, tuple)
-        for saved_id in group["params"]:
-            _require_type(f"parameter {saved_id!r}", saved_id, int, str)
-            if saved_id in ids:
-                raise ValueError(f"state_dict's param_groups name parameter {saved_id!r} twice")
-            ids.add(saved_id)
-    # If the numbers differ, torch says so.
-    as_many = len(ids) == sum(len(group["params"]) for group in param_groups)
-    for saved_id, values in state.items():
-        _require_type(f"state[{saved_id!r}]", values, Mapping)
-        if has_history(values) and saved_id not in ids and as_many:
-            raise ValueError(
-                f"state_dict's param_groups do not name parameter {saved_id!r}, of which it has an "
-                f"accumulator"
-            )
-    for saved_group, group in zip(saved_groups, param_groups, strict=False):
-        for saved_id, p in zip(saved_group["params"], group["params"], strict=False):
-            values = state.get(saved_id, {})
-            if "sketch" in values:
-                _require_sketch(saved_id, values, p)
-            if "accumulator" in values:
-                _require_accumulator(saved_id, values["accumulator"], p)
-
-
-def _require_accumulator(saved_id: int | str, saved: Any, p: Tensor) -> None:
-    _require_type(f"accumulator of parameter {saved_id}", saved, Tensor)
-    if is_dtensor(saved) != is_dtensor(p):
-        raise ValueError(
-            f"state_dict's accumulator of parameter {saved_id} is a "
-            f"{type(saved).__name__}, the parameter a {type(p).__name__}; load it with "
-            f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict and "
-            f"full_state_dict=True"
-        )
-    if saved.shape != p.shape:
-        raise ValueError(
-            f"state_dict's accumulator of parameter {saved_id} has the shape "
-            f"{tuple(saved.shape)}, the parameter {tuple(p.shape)}; if the model has grown "
-            f"use avalanche_classp.carry_accumulators"
-        )
-    _require_numbers(f"accumulator of parameter {saved_id}", saved, p, 0)
-
-
-def _require_sketch(saved_id: int | str, values: Mapping[str, Any], p: Tensor) -> None:
-    step: Any = values.get("step")
-    _require_type(f"step of parameter {saved_id}", step, int)
-    for side in sides_of(values):
-        # Before version 3 there were rows, too.
-        waiting = [(side + "rows", 2, -math.inf)] if side + "rows" in values else []
-        for name, dimensions, least in (
-            (side + "sketch", 2, -math.inf),
-            (side + "shed", 0, 0),
-            *waiting,
-        ):
-            what = f"{name} of parameter {saved_id}"
-            _require_type(what, values.get(name), Tensor)
-            if values[name].dim() != dimensions:
-                raise ValueError(f"state_dict's {what} has the shape {tuple(values[name].shape)}")
-            _require_numbers(what, values[name], p, least)
-        sketch = values[side + "sketch"]
-        size, columns = sketch.shape
-        matches = p.dim() >= 2 and size == size_of(p, side) and 0 < columns <= size and step >= 0
-        if not matches or len(values.get(side + "rows", sketch)) != size:
-            raise ValueError(
-                f"state_dict's matrix accumulator of parameter {saved_id} is for {size} "
-                f"{'outputs' if side else 'inputs'}, with a sketch of shape "
-                f"{tuple(sketch.shape)} and step {step}, the parameter has the shape "
-                f"{tuple(p.shape)}; if the model has grown use avalanche_classp.carry_accumulators"
-            )
-
-
-def _require_numbers(what: str, saved: Tensor, p: Tensor, least: float) -> None:
-    lost = saved.is_meta and not p.is_meta
-    if saved.dtype not in _DTYPES or saved.layout != torch.strided or lost:
-        raise ValueError(
-            f"state_dict's {what} must be dense and of a real floating-point dtype, got "
-            f"{saved.dtype}, {saved.layout} on {saved.device}"
-        )
-    part = local(saved)
-    if part.numel() and not part.is_meta:
-        low, high = (end.item() for end in torch.aminmax(part))
-        if not (low >= least and -math.inf < low and high < math.inf):
-            at_least = "" if least == -math.inf else f" and at least {least}"
-            raise ValueError(
-                f"state_dict's {what} must be finite{at_least}, but goes from {low} to {high}: it "
-                f"is damaged, load another"
-            )
-
-
-def _require_type(what: str, value: Any, *types: type) -> None:
-    if not isinstance(value, types) or isinstance(value, bool):
-        names = " or ".join(t.__name__ for t in types)
-        raise TypeError(f"state_dict's {what} must be a {names}, got {type(value).__name__}")
-
-
 CLASSP_optimizer = CLASSPOptimizer
 """The name in the author's code; same keywords."""
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _validate_lr(value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_meta:
-            where = " on meta" if value.is_meta else ""
-            raise ValueError(
-                f"lr must be one number, got a tensor of shape {tuple(value.shape)}{where}"
-            )
-        value = value.item()
-    _validate_nonnegative("lr", value)
-
-
-def _validate_nonnegative(name: str, value: Any) -> None:
-    # What float32 cannot hold would fail in the middle of a step.
-    if not 0 <= _number(name, value) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-
-
-def _validate_power(value: Any) -> None:
-    if not 0 < _number("power", value) < math.inf:
-        raise ValueError(f"power must be finite and greater than 0, got {value!r}")
-
-
-def checked_consolidation(name: str, value: Any) -> float:
-    """Return a factor for :meth:`CLASSPOptimizer.consolidate`.
-
-    Raises:
-        TypeError, ValueError: it is no number, or out of its range; the message says ``name``.
-    """
-    factor = _number(name, value)
-    if not 1 <= factor <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{name} must be finite and at least 1, got {value!r}")
-    return factor
-
-
-def _validate_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
-        )
-
-
-def _validate_choice(name: str, value: Any) -> None:
-    if value is not None:
-        _validate_flag(name, value)
-
-
-def _validate_rank(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"rank must be a whole number, got {value!r} of type {type(value).__name__}"
-        )
-    if value < 0:
-        raise ValueError(f"rank must be at least 0, got {value!r}")
-
-
-def _require_positive_epsilon(values: Mapping[str, Any]) -> None:
-    rank, epsilon = values.get("rank"), values.get("epsilon")
-    if rank and epsilon == 0:
-        raise ValueError(f"epsilon must be greater than 0 with rank={rank!r}, got {epsilon!r}")
-
-
-def _validate_nonfinite(value: Any) -> None:
-    if not isinstance(value, str) or value not in _NONFINITE_POLICIES:
-        raise ValueError(f"nonfinite must be one of {_NONFINITE_POLICIES}, got {value!r}")
-
-
-_VALIDATORS: dict[str, Callable[[Any], None]] = {
-    "lr": _validate_lr,
-    "threshold": lambda value: _validate_nonnegative("threshold", value),
-    "epsilon": lambda value: _validate_nonnegative("epsilon", value),
-    "power": _validate_power,
-    "apply_decay": lambda value: _validate_flag("apply_decay", value),
-    "maximize": lambda value: _validate_flag("maximize", value),
-    "nonfinite": _validate_nonfinite,
-    "foreach": lambda value: _validate_choice("foreach", value),
-    "fused": lambda value: _validate_choice("fused", value),
-    "rank": _validate_rank,
-    "both_sides": lambda value: _validate_flag("both_sides", value),
-}
-
-
-def validate_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Check the CLASSP hyper-parameters among ``values``; other keys are left to the caller.
-
-    Raises:
-        TypeError: a value of a wrong type; the message names the argument and the value.
-        ValueError: a value out of its range; likewise.
-    """
-    for name, value in values.items():
-        if name in _VALIDATORS:
-            _VALIDATORS[name](value)
-    if values.get("foreach") and values.get("fused"):
-        raise ValueError("foreach and fused cannot both be True; give one of them")
-    _require_positive_epsilon(values)

@@ -1,4 +1,4 @@
-"""The CLASSP update rule as tensor operations: the ground truth of every faster path.
+"""The CLASSP update rule as tensor operations: the ground truth of every faster backend.
 
 Paper: O. Ludwig, 2024, https://arxiv.org/abs/2405.09637; the pseudo-code is followed.
 """
@@ -6,9 +6,10 @@ Paper: O. Ludwig, 2024, https://arxiv.org/abs/2405.09637; the pseudo-code is fol
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,26 +17,21 @@ from torch import Tensor
 __all__ = [
     "Rule",
     "accumulator_dtype",
+    "apply_threshold",
     "classp_update_",
     "cutoff",
+    "denominator_underflows",
     "largest_usable_gradient",
-    "passed",
-    "root_may_vanish",
+    "rule_of",
     "sparse_update_",
 ]
 
 
 class Rule(NamedTuple):
-    """The hyper-parameters of one parameter group.
+    """The hyper-parameters of one parameter group, as plain numbers.
 
-    Attributes:
-        lr: see :class:`~avalanche_classp.CLASSPOptimizer`, here and below.
-        threshold: compared with g², strictly.
-        epsilon: added to A inside the root.
-        power: p.
-        apply_decay: whether A scales the step.
-        maximize: negate the gradient.
-        skip_nonfinite: leave weights alone whose g or ``|g|**power`` is not finite.
+    :class:`~avalanche_classp.CLASSPOptimizer` says what each is; ``skip_nonfinite`` is
+    ``nonfinite="skip"``.
     """
 
     lr: float
@@ -46,8 +42,32 @@ class Rule(NamedTuple):
     maximize: bool = False
     skip_nonfinite: bool = False
 
+    @property
+    def step(self) -> float:
+        """What a scaled gradient is multiplied by before it is added to the weights."""
+        return self.lr if self.maximize else -self.lr
 
-def classp_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule) -> None:
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """Return the update rule of a parameter group."""
+    return Rule(
+        lr=float(group["lr"]),
+        threshold=float(group["threshold"]),
+        epsilon=float(group["epsilon"]),
+        power=float(group["power"]),
+        apply_decay=group["apply_decay"],
+        maximize=group["maximize"],
+        skip_nonfinite=group["nonfinite"] == "skip",
+    )
+
+
+def classp_update_(
+    param: Tensor,
+    grad: Tensor,
+    accumulator: Tensor,
+    rule: Rule,
+    buffers: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Apply the rule to one dense parameter, in place.
 
     Args:
@@ -55,44 +75,67 @@ def classp_update_(param: Tensor, grad: Tensor, accumulator: Tensor, rule: Rule)
         grad: their gradients g, the same shape; left as they are.
         accumulator: A, the same shape, float32 or float64; changed in place.
         rule: the hyper-parameters.
+        buffers: two tensors of A's shape and dtype to work in. Default (None): fresh memory. The
+            numbers are the same.
     """
-    dtype = accumulator.dtype
-    g = passed(grad, dtype, rule)
-    step = rule.lr if rule.maximize else -rule.lr
+    y = buffers[1] if buffers else None
+    g = apply_threshold(grad, accumulator.dtype, rule, buffers)
 
-    if rule.power == 1:
-        accumulator.add_(g.abs())
-    elif rule.power == 2:
+    if rule.power == 2:
         accumulator.addcmul_(g, g)
     else:
-        accumulator.add_(g.abs().pow_(rule.power))
+        size = torch.abs(g, out=y)
+        accumulator.add_(size if rule.power == 1 else size.pow_(rule.power))
 
     if not rule.apply_decay:
-        param.add_(g, alpha=step)
+        param.add_(g, alpha=rule.step)
         return
-    history = accumulator + rule.epsilon
-    if root_may_vanish(dtype, rule.epsilon, rule.power):
+    root = torch.add(accumulator, rule.epsilon, out=y)
+    if rule.power == 2:
+        root.rsqrt_()  # not sqrt, which goes through MKL and is not rounded to the last bit
+    elif rule.power != 1:
+        root.pow_(1 / rule.power)
+    if denominator_underflows(accumulator.dtype, rule.epsilon, rule.power):
         # Without history 0/0: no step. Where underflow took digits the step stays within lr.
-        u = g * history.rsqrt_() if rule.power == 2 else g / history.pow_(1 / rule.power)
-        param.add_(u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-1, 1), alpha=step)
+        u = torch.mul(g, root, out=y) if rule.power == 2 else torch.div(g, root, out=y)
+        param.add_(u.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(-1, 1), alpha=rule.step)
     elif rule.power == 2:
-        # Not sqrt, which goes through MKL and is not rounded to the last bit.
-        param.addcmul_(g, history.rsqrt_(), value=step)
+        param.addcmul_(g, root, value=rule.step)
     else:
-        param.addcdiv_(g, history.pow_(1 / rule.power), value=step)
+        param.addcdiv_(g, root, value=rule.step)
 
 
-def passed(grad: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
+def apply_threshold(
+    grad: Tensor,
+    dtype: torch.dtype,
+    rule: Rule,
+    buffers: tuple[Tensor, Tensor] | None = None,
+    limit: float | None = None,
+) -> Tensor:
     """Return the gradients in the dtype, zero where the threshold or ``skip_nonfinite`` stops them.
 
     A zero gradient changes neither A nor w, so what follows needs no mask.
+
+    Args:
+        grad: the gradients.
+        dtype: the accumulator's.
+        rule: the hyper-parameters.
+        buffers: see :func:`classp_update_`.
+        limit: what ``skip_nonfinite`` lets through. Default: :func:`largest_usable_gradient`.
     """
-    g = grad.to(dtype)
+    x, y = buffers or (None, None)
+    g = grad if x is None or grad.dtype == dtype else x.copy_(grad)
+    g = g.to(dtype)
     if rule.threshold > 0:
         # hardshrink keeps the gradients with |g| > cutoff and makes the others zero.
-        g = torch.nn.functional.hardshrink(g, cutoff(rule.threshold, dtype))
+        c = cutoff(rule.threshold, dtype)
+        if x is None:
+            g = torch.nn.functional.hardshrink(g, c)
+        else:
+            g = torch.ops.aten.hardshrink.out(g, c, out=x)
     if rule.skip_nonfinite:
-        g = torch.where(g.abs() <= largest_usable_gradient(dtype, rule.power), g, 0.0)
+        usable = torch.abs(g, out=y) <= (limit or largest_usable_gradient(dtype, rule.power))
+        g = torch.where(usable, g, torch.zeros((), dtype=dtype, device=g.device), out=x)
     return g
 
 
@@ -125,10 +168,11 @@ def cutoff(threshold: float, dtype: torch.dtype) -> float:
     make small gradients vanish at threshold 0.
     """
     exact = Fraction(threshold)
-    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    # On the CPU whatever torch's default device is.
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=dtype, device="cpu")
     if Fraction(largest.item()) ** 2 <= exact:
         return largest.item()
-    c = torch.tensor(math.sqrt(threshold), dtype=dtype)
+    c = torch.tensor(math.sqrt(threshold), dtype=dtype, device="cpu")
     while Fraction(c.item()) ** 2 > exact:
         c = torch.nextafter(c, -largest)
     return c.item()
@@ -148,7 +192,7 @@ def largest_usable_gradient(dtype: torch.dtype, power: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def root_may_vanish(dtype: torch.dtype, epsilon: float, power: float) -> bool:
+def denominator_underflows(dtype: torch.dtype, epsilon: float, power: float) -> bool:
     """Tell whether (epsilon + A)^(1/power) can be zero, or lose its digits, in the dtype."""
     tiny = torch.finfo(dtype).tiny
     return epsilon < tiny or math.log(epsilon) / power < math.log(tiny)

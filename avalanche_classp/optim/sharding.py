@@ -42,7 +42,7 @@ def bad_anywhere(bad: Sequence[int], params: Sequence[Any]) -> list[int]:
     """
     found = list(bad)
     for mesh in dict.fromkeys(p.device_mesh for p in params if is_dtensor(p)):
-        flags = torch.zeros(len(params), dtype=torch.int32)
+        flags = torch.zeros(len(params), dtype=torch.int32, device="cpu")
         flags[found] = 1
         flags = flags.to(mesh.device_type)
         for group in mesh.get_all_groups():

@@ -1,7 +1,4 @@
-"""Accumulators that follow their parameters, by name, into a model that has changed.
-
-This module needs torch alone.
-"""
+"""Accumulators that follow their parameters, by name, into a model that has changed."""
 
 from __future__ import annotations
 
@@ -9,14 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from avalanche_classp.optim.matrix import fitted_sketch
-from avalanche_classp.optim.optimizer import CLASSPOptimizer, has_history
-from avalanche_classp.optim.rule import accumulator_dtype
+from avalanche_classp.optim.accumulators import kind_of
+from avalanche_classp.optim.optimizer import CLASSPOptimizer
 
-__all__ = ["CarryReport", "carry_accumulators", "fitted"]
+__all__ = ["CarryReport", "carry_accumulators"]
 
 Shape = tuple[int, ...]
 
@@ -79,6 +74,7 @@ def carry_accumulators(
             old model has a history.
 
     Example:
+        >>> import torch
         >>> small, large = torch.nn.Linear(3, 2), torch.nn.Linear(3, 5)
         >>> old = CLASSPOptimizer(small.parameters())
         >>> small(torch.ones(1, 3)).sum().backward()
@@ -105,14 +101,15 @@ def carry_accumulators(
     report = CarryReport()
     for name, old_param in old_parameters.items():
         history = old_optimizer.state.get(old_param)
-        if not has_history(history):
+        kind = kind_of(history)
+        if kind is None or history is None:
             continue
         param = parameters.pop(name, None)
         if param is None:
             report.dropped[name] = "the new model has no such parameter"
             continue
         shapes = tuple(old_param.shape), tuple(param.shape)
-        carried = fitted(history, param)
+        carried = kind.resize(history, param)
         if carried is None:
             report.dropped[name] = f"{shapes[0]} → {shapes[1]} is not growth"
             continue
@@ -144,25 +141,3 @@ def _by_name(argument: str, named: Any) -> dict[str, Tensor]:
                 f"but holds a {type(pair).__name__}"
             )
     return dict(pairs)
-
-
-def fitted(history: Mapping[str, Any], param: Tensor) -> dict[str, Any] | None:
-    """Return a parameter's state for what it has become: on its device, zero where it has grown.
-
-    None if the parameter has not grown but changed its shape otherwise. Not always a copy.
-    """
-    if "sketch" in history:
-        return fitted_sketch(history, param)
-    accumulator = _fitted_accumulator(history["accumulator"], param)
-    return None if accumulator is None else {"accumulator": accumulator}
-
-
-def _fitted_accumulator(history: Tensor, param: Tensor) -> Tensor | None:
-    if history.shape == param.shape:
-        return history.to(param.device, accumulator_dtype(param))
-    same_rank = history.dim() == param.dim()
-    if not same_rank or any(o > n for o, n in zip(history.shape, param.shape, strict=True)):
-        return None
-    grown = torch.zeros_like(param, dtype=accumulator_dtype(param), requires_grad=False)
-    grown[tuple(slice(size) for size in history.shape)] = history.to(param.device)
-    return grown

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Adagrad
 
 from avalanche_classp import CLASSPOptimizer
-from avalanche_classp.optim import kernel
+from avalanche_classp.optim.backends import cpu_kernel as kernel
 from experiments.protocol.models import make_model
 from experiments.speed.measure import in_turn, ratio
 

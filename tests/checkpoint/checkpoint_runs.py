@@ -77,7 +77,9 @@ def classp(model: nn.Module, **kwargs: Any) -> Any:
 
 
 def matrix(model: nn.Module, **kwargs: Any) -> Any:
-    return CLASSP(model=model, lr=0.05, epsilon=0.1, rank=4, consolidation=3.0, **kwargs)
+    return CLASSP(
+        model=model, lr=0.05, epsilon=0.1, history="gradients", rank=4, consolidation=3.0, **kwargs
+    )
 
 
 def scheduled(model: nn.Module, **kwargs: Any) -> Any:

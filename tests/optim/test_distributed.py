@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from avalanche_classp import CLASSPOptimizer, NonFiniteGradientError
-from avalanche_classp.optim import kernel
+from avalanche_classp.optim.backends import cpu_kernel as kernel
 
 parametrize = pytest.mark.parametrize
 WORLD = 2
@@ -85,7 +85,7 @@ def sharded(mesh):
 @pytest.fixture(scope="module", autouse=True)
 def kernel_folder(tmp_path_factory):
     """Build the kernel of `fused=True` once, for this process and those that it starts."""
-    caches = (kernel._path, kernel._library, kernel._compile_once, kernel.is_exact)
+    caches = (kernel._path, kernel._library, kernel._compile_once)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("kernel")))
         for cache in caches:
@@ -133,7 +133,9 @@ def work_data_parallel(rank, folder):
 
 def with_matrix_accumulators(model, inputs):
     """Return the weights and the sketches that training ends with."""
-    optimizer = CLASSPOptimizer(model.parameters(), lr=0.02, epsilon=0.1, power=1.5, rank=3)
+    optimizer = CLASSPOptimizer(
+        model.parameters(), lr=0.02, epsilon=0.1, power=1.5, history="gradients", rank=3
+    )
     train(model, optimizer, inputs)
     sketches = [s["sketch"] for s in optimizer.state.values() if "sketch" in s]
     return [p.detach() for p in model.parameters()], [b @ b.T for b in sketches]
@@ -209,9 +211,13 @@ def work_sharded(rank, folder):
     found["one shard"] = nan_in_one_shard(sharded(mesh), rank)
     found["hybrid"] = hybrid(rank)
     found["partial"] = partial_gradient(mesh, rank)
-    with pytest.raises(RuntimeError, match="which has rank=2, is a DTensor: give it rank=0"):
+    with pytest.raises(RuntimeError, match="is a DTensor: give it history='weights'"):
         model = sharded(mesh)
-        train(model, CLASSPOptimizer(model.parameters(), rank=2), batches(1, rank))
+        train(
+            model,
+            CLASSPOptimizer(model.parameters(), history="gradients", rank=2),
+            batches(1, rank),
+        )
     return found
 
 

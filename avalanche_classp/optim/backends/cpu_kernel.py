@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from avalanche_classp.optim.backends.single_tensor import Triple, is_dense, update_in_blocks_
 from avalanche_classp.optim.rule import (
     Rule,
-    classp_update_,
     cutoff,
+    denominator_underflows,
     largest_usable_gradient,
-    root_may_vanish,
 )
 
-__all__ = ["build", "found", "is_dense", "is_exact", "takes", "update_", "usable"]
+__all__ = ["build", "found", "takes", "update_", "usable"]
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _COMPILERS = ("g++", "c++", "clang++")
@@ -71,28 +71,6 @@ def found() -> bool:
     return _library() is not None
 
 
-@lru_cache(maxsize=1)
-def is_exact() -> bool:
-    """Tell whether powers 1 and 2 give the same bits as the rule on this machine.
-
-    They do where torch's vectorized operations fuse multiplication and addition, as on every
-    x86-64 processor with AVX2.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for dtype in _SUFFIXES:
-        for power in (1.0, 2.0):
-            for epsilon in (1e-4, 0.0):
-                rule = Rule(0.0137, 0.01, epsilon, power, True)
-                p, g, a = torch.randn(3, 1021, generator=generator, dtype=dtype).unbind()
-                ours = (p.clone(), g, a.abs())
-                theirs = (p.clone(), g, a.abs())
-                update_([ours], rule)
-                classp_update_(*theirs, rule)
-                if not (torch.equal(ours[0], theirs[0]) and torch.equal(ours[2], theirs[2])):
-                    return False
-    return True
-
-
 def takes(*tensors: Tensor) -> bool:
     """Tell whether the kernel can take these: plain, on the CPU, alike in dtype and layout."""
     dtype = tensors[0].dtype
@@ -110,17 +88,6 @@ def takes(*tensors: Tensor) -> bool:
     return same and is_dense(tuple(tensors[0].shape), stride)
 
 
-@lru_cache(maxsize=256)
-def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Tell whether such a tensor fills its memory without gaps, in whatever order."""
-    expected = 1
-    for step, size in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
 def usable(grads: Sequence[Tensor], limit: float) -> bool:
     """Tell whether no entry of gradients that the kernel takes is NaN or above the limit.
 
@@ -133,15 +100,22 @@ def usable(grads: Sequence[Tensor], limit: float) -> bool:
     return first_outside(len(grads), _pointers(grads), _sizes(grads), threads, limit) == len(grads)
 
 
-def update_(triples: Sequence[tuple[Tensor, Tensor, Tensor]], rule: Rule) -> None:
-    """Apply the rule to parameters, gradients and accumulators that the kernel takes.
+def update_(triples: Sequence[Triple], rule: Rule) -> None:
+    """Apply the rule to parameters on the CPU; what the kernel does not take goes in blocks."""
+    by_dtype: dict[torch.dtype, list[Triple]] = {}
+    others = []
+    for triple in triples:
+        if takes(*triple):
+            by_dtype.setdefault(triple[0].dtype, []).append(triple)
+        else:
+            others.append(triple)
+    for dtype, some in by_dtype.items():
+        _step_(some, dtype, rule)
+    update_in_blocks_(others, rule)
 
-    Args:
-        triples: at least one; all of the same dtype.
-        rule: the hyper-parameters.
-    """
+
+def _step_(triples: Sequence[Triple], dtype: torch.dtype, rule: Rule) -> None:
     params, grads, accumulators = zip(*triples, strict=True)
-    dtype = params[0].dtype
     getattr(_library(), f"classp_step_{_SUFFIXES[dtype]}")(
         len(params),
         _pointers(params),
@@ -149,13 +123,13 @@ def update_(triples: Sequence[tuple[Tensor, Tensor, Tensor]], rule: Rule) -> Non
         _pointers(accumulators),
         _sizes(params),
         torch.get_num_threads(),
-        rule.lr if rule.maximize else -rule.lr,
+        rule.step,
         cutoff(rule.threshold, dtype),
         largest_usable_gradient(dtype, rule.power) if rule.skip_nonfinite else float("inf"),
         rule.epsilon,
         rule.power,
         rule.apply_decay,
-        root_may_vanish(dtype, rule.epsilon, rule.power),
+        denominator_underflows(dtype, rule.epsilon, rule.power),
     )
     # Autograd notices when a tensor that it has saved was changed.
     torch.autograd.graph.increment_version((*params, *accumulators))

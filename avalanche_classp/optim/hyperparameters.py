@@ -1,0 +1,334 @@
+"""The hyper-parameters, each declared once: name, type, defaults, range and what it does.
+
+Validation, the signatures of the optimizer, the plugin and the strategy, and the ``Args`` of their
+docstrings come from :class:`Hyperparameters`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "HISTORIES",
+    "SPECS",
+    "Hyperparameters",
+    "documented",
+    "resolve",
+    "validate",
+    "validated_factor",
+]
+
+HISTORIES = ("weights", "gradients")
+"""The kinds of history: what :data:`history` may be."""
+
+Check = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is declared of a hyper-parameter.
+
+    Attributes:
+        doc: what it does, one or more sentences.
+        check: raises TypeError or ValueError, naming the argument and the value.
+        default: with ``history="weights"``; None where it has no effect there.
+        defaults: of other histories, by their names.
+        only: the histories in which it has an effect. Default: all.
+        phase: whether it may change at an experience's boundary.
+    """
+
+    doc: str
+    check: Check
+    default: Any = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = HISTORIES
+    phase: bool = False
+
+    def default_for(self, history: str) -> Any:
+        """Return the default with a history."""
+        return self.defaults.get(history, self.default)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _nonnegative(name: str, value: Any) -> None:
+    # What float32 cannot hold would fail in the middle of a step.
+    if not 0 <= _number(name, value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+
+
+def _learning_rate(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_meta:
+            where = " on meta" if value.is_meta else ""
+            raise ValueError(
+                f"{name} must be one number, got a tensor of shape {tuple(value.shape)}{where}"
+            )
+        value = value.item()
+    _nonnegative(name, value)
+
+
+def _positive(name: str, value: Any) -> None:
+    if not 0 < _number(name, value) < math.inf:
+        raise ValueError(f"{name} must be finite and greater than 0, got {value!r}")
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
+        )
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        )
+
+
+def _one_of(*choices: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+    return check
+
+
+class Hyperparameters(TypedDict, total=False):
+    """Keywords of CLASSPOptimizer, CLASSPPlugin and CLASSP; None stands for the default."""
+
+    lr: Annotated[
+        float | Tensor | None,
+        Spec(
+            "Step length, >= 0 (α in the paper). A one-element tensor works too.",
+            _learning_rate,
+            1e-3,
+            {"gradients": 0.02},
+            phase=True,
+        ),
+    ]
+    threshold: Annotated[
+        float | None,
+        Spec(
+            "A weight changes where its squared gradient is greater, >= 0. With 0 every non-zero "
+            "gradient counts.",
+            _nonnegative,
+            0.0,
+            phase=True,
+        ),
+    ]
+    epsilon: Annotated[
+        float | None,
+        Spec(
+            "Stands inside the root and is added to every accumulator, >= 0 (ε in the paper); > 0 "
+            'with ``history="gradients"``.',
+            _nonnegative,
+            1e-8,
+            {"gradients": 0.02},
+            phase=True,
+        ),
+    ]
+    power: Annotated[
+        float | None,
+        Spec(
+            "Exponent of the accumulated gradients, > 0 (p in the paper).",
+            _positive,
+            1.5,
+            phase=True,
+        ),
+    ]
+    apply_decay: Annotated[
+        bool | None,
+        Spec("Whether the accumulators scale the steps.", _flag, True, phase=True),
+    ]
+    history: Annotated[
+        str | None,
+        Spec(
+            'What is accumulated. ``"weights"``: one number for each weight, the paper\'s rule. '
+            '``"gradients"``: an extension; parameters of two or more dimensions have a history '
+            "for each direction of their layer's inputs, see "
+            ":mod:`avalanche_classp.optim.accumulators.gradients`. Each kind has defaults of its "
+            "own.",
+            _one_of(*HISTORIES),
+            "weights",
+            {"gradients": "gradients"},
+        ),
+    ]
+    rank: Annotated[
+        int | None,
+        Spec(
+            'With ``history="gradients"``: columns of the sketch, >= 1. The state is at most rank '
+            "numbers for each input of a layer.",
+            _count,
+            None,
+            {"gradients": 128},
+            only=("gradients",),
+        ),
+    ]
+    both_sides: Annotated[
+        bool | None,
+        Spec(
+            'With ``history="gradients"``: whether the directions of the outputs have a history, '
+            "too. It counts when a parameter's history begins.",
+            _flag,
+            None,
+            {"gradients": False},
+            only=("gradients",),
+        ),
+    ]
+    maximize: Annotated[
+        bool | None,
+        Spec("Maximize the objective instead of minimizing it.", _flag, False),
+    ]
+    nonfinite: Annotated[
+        str | None,
+        Spec(
+            "What to do about a gradient that is NaN, infinite, or so large that a sum of "
+            '``|g|**power`` could become infinite. ``"raise"``: NonFiniteGradientError, before '
+            'anything has changed. ``"skip"``: these weights and their accumulators stay as they '
+            "are.",
+            _one_of("raise", "skip"),
+            "raise",
+        ),
+    ]
+    foreach: Annotated[
+        bool | None,
+        Spec(
+            "True: few operations over all parameters. False: a loop over the parameters. None: "
+            "the fastest way that needs no compiler.",
+            _flag,
+        ),
+    ]
+    fused: Annotated[
+        bool | None,
+        Spec(
+            "True: one pass over memory, by a kernel that is compiled once for the machine (CPU, "
+            "needs a C++ compiler) or by ``torch.compile`` (GPU). False: never. None: the kernel "
+            "where it lies ready.",
+            _flag,
+        ),
+    ]
+
+
+SPECS: dict[str, Spec] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Hyperparameters, include_extras=True).items()
+}
+"""The declarations by name."""
+
+
+def validate(values: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters among ``values``; other keys, and None, are left alone.
+
+    Raises:
+        TypeError: a value of a wrong type; the message names the argument and the value.
+        ValueError: a value out of its range, or without effect; likewise.
+    """
+    for name, value in values.items():
+        if name in SPECS and value is not None:
+            SPECS[name].check(name, value)
+    if values.get("foreach") and values.get("fused"):
+        raise ValueError("foreach and fused cannot both be True; give one of them")
+    history = values.get("history") or SPECS["history"].default
+    for name, value in values.items():
+        if name in SPECS and value is not None and history not in (only := SPECS[name].only):
+            raise ValueError(
+                f"{name}={value!r} has no effect with history={history!r}; leave it out or give "
+                f"history={' or '.join(map(repr, only))}"
+            )
+    require_positive_epsilon(history, values.get("epsilon"))
+
+
+def require_positive_epsilon(history: str, epsilon: Any) -> None:
+    """Raise ValueError where a history of directions has epsilon 0."""
+    if history != "weights" and epsilon == 0:
+        raise ValueError(
+            f"epsilon must be greater than 0 with history={history!r}, got {epsilon!r}"
+        )
+
+
+def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all hyper-parameters: what is given, and the history's defaults for the others."""
+    history = values.get("history") or SPECS["history"].default
+    return {
+        name: spec.default_for(history) if values.get(name) is None else values[name]
+        for name, spec in SPECS.items()
+    }
+
+
+def validated_factor(name: str, value: Any) -> float:
+    """Return a factor for :meth:`CLASSPOptimizer.consolidate`.
+
+    Raises:
+        TypeError, ValueError: it is no number, or out of its range; the message says ``name``.
+    """
+    factor = _number(name, value)
+    if not 1 <= factor <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be finite and at least 1, got {value!r}")
+    return factor
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def documented(
+    names: Iterable[str] = SPECS,
+) -> Callable[[_Class], _Class]:
+    """Return a class decorator that declares hyper-parameters to ``help()`` and ``inspect``.
+
+    The line ``{hyperparameters}`` of the docstring becomes their part of ``Args``. In the signature
+    they take the place of ``**hyperparameters``, with the defaults of ``history="weights"``.
+
+    Args:
+        names: which; the constructor may take some itself.
+    """
+
+    def decorate(cls: _Class) -> _Class:
+        pad = " " * 8
+        entries = []
+        for name in names:
+            spec = SPECS[name]
+            others = [f"{v!r} with history={h!r}" for h, v in spec.defaults.items() if v != h]
+            text = f"{name}: {spec.doc} Default: {', '.join([repr(spec.default), *others])}."
+            entries += textwrap.wrap(text, 92, initial_indent=pad, subsequent_indent=pad + "    ")
+        assert cls.__doc__ is not None
+        cls.__doc__ = cls.__doc__.replace(pad + "{hyperparameters}", "\n".join(entries))
+        init: Any = cls.__init__  # type: ignore[misc]
+        signature = inspect.signature(init)
+        hints = get_type_hints(Hyperparameters)
+        own = dict(signature.parameters)
+        own.pop("hyperparameters", None)
+        catch_all = own.popitem()[1] if _is_catch_all(own) else None
+        for name in names:
+            kind = own[name].kind if name in own else inspect.Parameter.KEYWORD_ONLY
+            own[name] = inspect.Parameter(
+                name, kind, default=SPECS[name].default, annotation=hints[name]
+            )
+        parameters = [*own.values(), *([catch_all] if catch_all else [])]
+        init.__signature__ = signature.replace(parameters=parameters)
+        return cls
+
+    return decorate
+
+
+def _is_catch_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return list(parameters.values())[-1].kind is inspect.Parameter.VAR_KEYWORD
