@@ -1,6 +1,6 @@
 """The figure of the README, drawn from the committed records.
 
-    python docs/figures.py
+python docs/figures.py
 """
 
 from pathlib import Path

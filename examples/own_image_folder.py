@@ -55,8 +55,7 @@ def main(folder):
     )
     strategy = CLASSP(
         model=model,
-        rank=128,
-        epsilon=0.02,
+        history="gradients",
         lr=0.04,
         train_mb_size=32,
         train_epochs=3,

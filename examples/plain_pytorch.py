@@ -44,7 +44,7 @@ def sgd(parameters):
 
 
 def classp(parameters):
-    return CLASSPOptimizer(parameters, rank=128, epsilon=0.02, lr=0.04)
+    return CLASSPOptimizer(parameters, history="gradients", lr=0.04)
 
 
 print(f"SGD     {accuracy_after_five_tasks(sgd):.1f} %")

@@ -53,6 +53,6 @@ def accuracy(plugins):
     return 100 * metrics["Top1_Acc_Stream/eval_phase/test_stream/Task000"]
 
 
-classp = CLASSPPlugin(rank=128, epsilon=0.02, lr=0.04)
+classp = CLASSPPlugin(history="gradients", lr=0.04)
 print(f"LwF               {accuracy([]):.1f} %")
 print(f"LwF with CLASSP   {accuracy([classp]):.1f} %")

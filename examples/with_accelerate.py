@@ -30,7 +30,7 @@ model = nn.Sequential(
     *(nn.Linear(256, 256), nn.ReLU()),
     nn.Linear(256, 10),
 )
-optimizer = CLASSPOptimizer(model.parameters(), rank=128, epsilon=0.02, lr=0.04)
+optimizer = CLASSPOptimizer(model.parameters(), history="gradients", lr=0.04)
 model, optimizer = accelerator.prepare(model, optimizer)
 for task in range(5):
     chosen = torch.nonzero(labels[:1200] // 2 == task).squeeze(1)

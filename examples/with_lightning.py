@@ -34,7 +34,7 @@ class Digits(lightning.LightningModule):
             *(nn.Linear(256, 256), nn.ReLU()),
             nn.Linear(256, 10),
         )
-        self.optimizer = CLASSPOptimizer(self.parameters(), rank=128, epsilon=0.02, lr=0.04)
+        self.optimizer = CLASSPOptimizer(self.parameters(), history="gradients", lr=0.04)
 
     def training_step(self, batch, _batch_index):
         images, labels = batch
