@@ -8,6 +8,7 @@ docstrings here are reST, which Sphinx alone reads.
 import sys
 from pathlib import Path
 
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,37 +36,24 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 
 
+def mathml(node, display):
+    """Return a formula as MathML, which browsers draw without a script from elsewhere."""
+    latex = node.astext().replace("{aligned}", "{align*}").replace(r"\_", "_")
+    return convert(latex, display=display)
+
+
 def show_inline(translator, node):
-    """Show a formula by MathML, which browsers draw without a script from elsewhere."""
-    translator.body.append(convert(node.astext()))
+    """Show a formula in a line of text."""
+    translator.body.append(mathml(node, "inline"))
+    raise SkipNode
 
 
 def show_block(translator, node):
     """Show a formula in a block of its own."""
-    formula = convert(node.astext(), display="block")
-    translator.body.append(f'<div class="formula">{formula}</div>')
-
-
-def leave(translator, node):
-    """Do nothing more."""
-
-
-def skip_rest(renderer):
-    """Return a visitor that shows a formula and nothing below it."""
-
-    def visit(translator, node):
-        from docutils.nodes import SkipNode
-
-        renderer(translator, node)
-        raise SkipNode
-
-    return visit
+    translator.body.append(f'<div class="formula">{mathml(node, "block")}</div>')
+    raise SkipNode
 
 
 def setup(app):
     """Add the renderer of formulas."""
-    app.add_html_math_renderer(
-        "mathml",
-        inline_renderers=(skip_rest(show_inline), leave),
-        block_renderers=(skip_rest(show_block), leave),
-    )
+    app.add_html_math_renderer("mathml", (show_inline, None), (show_block, None))
