@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avalanche_classp.checkpoint.file import CheckpointError
+from avalanche_classp.checkpoint import CheckpointError
 from avalanche_classp.optim.optimizer import (
     CLASSP_optimizer,
     CLASSPOptimizer,
@@ -18,7 +18,7 @@ from avalanche_classp.optim.optimizer import (
 from avalanche_classp.optim.transfer import CarryReport, carry_accumulators
 
 if TYPE_CHECKING:
-    from avalanche_classp.checkpoint.resume import checkpointed, mend_save_checkpoint
+    from avalanche_classp.checkpoint import checkpointed, mend_save_checkpoint
     from avalanche_classp.csv_logger import CSVValueLogger
     from avalanche_classp.data.in_memory import in_memory
     from avalanche_classp.metrics import classp_metrics
@@ -48,10 +48,10 @@ _NEEDS_AVALANCHE = {
     "CLASSPPlugin": "plugin",
     "CSVValueLogger": "csv_logger",
     "PAPER_PHASES": "plugin",
-    "checkpointed": "checkpoint.resume",
+    "checkpointed": "checkpoint",
     "classp_metrics": "metrics",
     "in_memory": "data.in_memory",
-    "mend_save_checkpoint": "checkpoint.resume",
+    "mend_save_checkpoint": "checkpoint",
 }
 
 
