@@ -26,15 +26,6 @@ class _Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def script_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """Make the parser of a script beside the commands; its docstring is the help."""
-    return _Parser(
-        prog=f"python -m {module}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Make the parser of all commands.
 
@@ -189,6 +180,81 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "report results/split-digits-class",
     )
     report.add_argument("folder", type=_path, help="a folder that compare or run has written")
+
+    sensitivity = _command(
+        commands,
+        "sensitivity",
+        functions.get("sensitivity"),
+        "one hyper-parameter is varied, the others stay as searched",
+        "Vary every hyper-parameter that the search chose, with the final seeds and on test data.",
+        "sensitivity --benchmark split-mnist --scenario class",
+    )
+    sensitivity.add_argument("--benchmark", default="split-mnist", metavar="NAME")
+    sensitivity.add_argument("--scenario", default="class", metavar="NAME")
+    sensitivity.add_argument(
+        "--methods", nargs="+", default=["classp", "classp-matrix"], metavar="METHOD"
+    )
+    sensitivity.add_argument("--seeds", type=seed_count, default=5, metavar="N")
+    sensitivity.set_defaults(model=None)
+
+    defaults = _command(
+        commands,
+        "defaults",
+        functions.get("defaults"),
+        "one setting of CLASSP for all benchmarks",
+        "Search the library's defaults on parts of five benchmarks.",
+    )
+    defaults.add_argument("--trials", type=positive, default=40, metavar="N")
+    defaults.add_argument(
+        "--try",
+        dest="first",
+        nargs=3,
+        action="append",
+        default=[],
+        type=float,
+        metavar=("LR", "EPSILON", "POWER"),
+        help="what a new search tries first, with threshold 0; may be given several times",
+    )
+
+    ranking = _command(
+        commands,
+        "subset-ranking",
+        functions.get("subset-ranking"),
+        "whether a part of the training data ranks settings as all of it does",
+        "Run the trials of a search with --train-share below 1 again with all training data.",
+    )
+    ranking.add_argument("folder", type=_path, help="where the journals of the search are")
+    ranking.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
+
+    beside = _command(
+        commands,
+        "side-by-side",
+        functions.get("side-by-side"),
+        "one number of several comparisons in one table",
+        "Print the average accuracy, and its difference from classp-matrix's, of several folders.",
+    )
+    beside.add_argument("folders", type=_path, nargs="+", metavar="FOLDER")
+
+    speed = _command(
+        commands,
+        "speed",
+        functions.get("speed"),
+        "the benchmarks of speed and memory",
+        "Measure steps, loading, metrics and long streams.",
+        "speed step",
+    )
+    speed.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    for name, number in (("--pairs", 5), ("--rounds", 40), ("--threads", 1)):
+        speed.add_argument(name, type=positive, default=number, metavar="N")
+    speed.add_argument("--quick", action="store_true", help="one pair, short streams")
+    _device(speed)
+    for parser_, default in ((sensitivity, None), (defaults, Path("results/defaults"))):
+        parser_.add_argument("--output", type=_path, default=default, metavar="FOLDER")
+    speed.add_argument("--output", type=_path, metavar="FOLDER", help="for the figure of growth")
+    for parser_ in (sensitivity, ranking):
+        add_jobs(parser_, "runs at a time")
+    for parser_ in (sensitivity, defaults, ranking, speed):
+        parser_.add_argument("--data-root", type=_path, metavar="FOLDER")
 
     _command(
         commands,

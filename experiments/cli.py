@@ -37,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "search": _search,
             "report": _report,
             "list": _list,
+            "sensitivity": _sensitivity,
+            "defaults": _defaults,
+            "subset-ranking": _subset_ranking,
+            "side-by-side": _side_by_side,
+            "speed": _speed,
         }
     )
     for stream in (sys.stdout, sys.stderr):
@@ -202,6 +207,58 @@ def _report(options: argparse.Namespace) -> int:
             folder /= "-".join(group)
         print(write_report(results, folder, failed[group]))
         print(f"\nwritten to {folder}\n")
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from experiments.tuning.sensitivity import write_sensitivity
+
+    _benchmark(options)  # checks the names
+    print(
+        write_sensitivity(
+            options.benchmark,
+            options.scenario,
+            _methods(options),
+            options.seeds,
+            options.output,
+            options.jobs,
+            options.data_root,
+            options.command_line,
+        )
+    )
+    return 0
+
+
+def _defaults(options: argparse.Namespace) -> int:
+    from experiments.tuning.defaults import search_defaults
+
+    print(search_defaults(options.trials, options.first, options.output, options.data_root))
+    return 0
+
+
+def _subset_ranking(options: argparse.Namespace) -> int:
+    from experiments.tuning.subset_ranking import rank_subset
+
+    print(rank_subset(options.folder, options.methods, options.jobs, options.data_root))
+    return 0
+
+
+def _side_by_side(options: argparse.Namespace) -> int:
+    from experiments.reporting.side_by_side import side_by_side
+
+    print("\n\n".join(side_by_side(options.folders)))
+    return 0
+
+
+def _speed(options: argparse.Namespace) -> int:
+    from experiments.speed.cases import measure_speed
+
+    names = ("cases", "pairs", "rounds", "threads", "device", "quick", "data_root", "output")
+    try:
+        measure_speed(**{name: getattr(options, name) for name in names})
+    except KeyboardInterrupt:  # nothing is kept that the command could go on from
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -30,26 +29,3 @@ def print_interrupted() -> None:
         "interrupted: finished runs are saved, the same command goes on from there",
         file=sys.stderr,
     )
-
-
-def exit_code(work: Callable[[], None], resumable: bool = True) -> int:
-    """Do a script's work and return 0, or 2 for what the user can put right, which is printed.
-
-    After Ctrl-C it is 130.
-
-    Args:
-        work: what to do.
-        resumable: whether the same command goes on after Ctrl-C, which is then said.
-    """
-    try:
-        work()
-    except UserError as error:
-        print_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        if resumable:
-            print_interrupted()
-        else:
-            print("interrupted", file=sys.stderr)
-        return 130
-    return 0

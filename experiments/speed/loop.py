@@ -12,18 +12,25 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.training import EWC, Naive
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
-from avalanche_classp import CLASSP, classp_metrics, in_memory
+from avalanche_classp import classp_metrics, in_memory
 from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
+from experiments.protocol.config import Hyper
+from experiments.protocol.methods import METHODS
 from experiments.protocol.models import make_model
 from experiments.running.timing import Clocked
 from experiments.speed.measure import ratio
 
 TRAIN_BATCH, EVAL_BATCH = 128, 512
+HYPER: dict[str, Hyper] = {
+    "naive": {"lr": 0.05},
+    "ewc": {"lr": 0.05, "ewc_lambda": 1.0},
+    "classp": {},
+}
+"""Hyper-parameters other than the methods' defaults."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,11 @@ def measure_loading(name: str, case: Case, quick: bool, pairs: int, data_root: P
     stock = _benchmark(name, experiences, data_root)
     turns: list[tuple[Seconds, Seconds]] = []
     for _ in range(pairs):
-        slow = _run(_naive, stock, case.model, name)
+        slow = _run("naive", stock, case.model, name)
         began = time.perf_counter()
         fast_benchmark = in_memory(stock)
         preparation = time.perf_counter() - began
-        fast = _run(_naive, fast_benchmark, case.model, name)
+        fast = _run("naive", fast_benchmark, case.model, name)
         fast.train[0] += preparation
         turns.append((slow, fast))
     same = all(
@@ -92,7 +99,7 @@ def measure_classp(pairs: int, data_root: Path | None) -> None:
     """Compare CLASSP with naive SGD and with EWC, all on the in-memory path."""
     benchmark = in_memory(_benchmark("split-mnist", 5, data_root))
     turns = [
-        [_run(make, benchmark, "mlp-400", "split-mnist") for make in (_naive, _classp, _ewc)]
+        [_run(method, benchmark, "mlp-400", "split-mnist") for method in ("naive", "classp", "ewc")]
         for _ in range(pairs)
     ]
     print("\nsplit-mnist, mlp-400, seconds of training in memory, one epoch per experience")
@@ -121,10 +128,10 @@ def measure_metrics(pairs: int, data_root: Path | None) -> None:
         for name, arguments in METRICS.items():
             metrics = classp_metrics(**arguments) if arguments else []
             seconds[name].append(
-                sum(_run(_classp, benchmark, "mlp-400", "split-mnist", *metrics).train)
+                sum(_run("classp", benchmark, "mlp-400", "split-mnist", *metrics).train)
             )
             clocks = [Clocked(metric) for metric in metrics]
-            _run(_classp, benchmark, "mlp-400", "split-mnist", *clocks)
+            _run("classp", benchmark, "mlp-400", "split-mnist", *clocks)
             inside[name].append(sum(clock.seconds for clock in clocks))
     step = 1000 * median(seconds["none"]) / steps
     print(f"\nsplit-mnist, mlp-400, CLASSP: {steps} steps of {step:.2f} ms, n = {pairs}")
@@ -146,27 +153,15 @@ def _model(model: str, name: str) -> nn.Module:
     return make_model(model, spec.shape, spec.classes, multi_head=False)
 
 
-def _naive(model: nn.Module, **options: Any) -> Any:
-    return Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), **options)
-
-
-def _ewc(model: nn.Module, **options: Any) -> Any:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    return EWC(model=model, optimizer=optimizer, ewc_lambda=1.0, **options)
-
-
-def _classp(model: nn.Module, **options: Any) -> Any:
-    return CLASSP(model=model, lr=0.001, **options)
-
-
-def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str, *metrics: Any) -> Seconds:
-    strategy = make(
-        _model(model, name),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=TRAIN_BATCH,
-        eval_mb_size=EVAL_BATCH,
-        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), *metrics, loggers=[]),
-    )
+def _run(method: str, benchmark: Any, model: str, name: str, *metrics: Any) -> Seconds:
+    common = {
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": TRAIN_BATCH,
+        "eval_mb_size": EVAL_BATCH,
+        "evaluator": EvaluationPlugin(accuracy_metrics(experience=True), *metrics, loggers=[]),
+    }
+    hyper = {**METHODS[method].defaults, **HYPER[method]}
+    strategy = METHODS[method].build(_model(model, name), hyper, common)
     result = Seconds([], 0.0, [])
     for experience in benchmark.train_stream:
         began = time.perf_counter()

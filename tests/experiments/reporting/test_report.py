@@ -529,15 +529,16 @@ def boxes_of_labels(points):
     return boxes, spots, axes.get_window_extent()
 
 
+@pytest.mark.parametrize("bars", [(0.1, 1.0), (0.0, 0.0)], ids=["bars", "one seed"])
 @pytest.mark.parametrize("crowd", ["one above the other", "cloud", "corner"])
-def test_labels_do_not_overlap(crowd):
+def test_labels_do_not_overlap(crowd, bars):
     generator = np.random.default_rng(1)
     place = {
         "one above the other": lambda i: (4, 40 + 2 * i),
         "cloud": lambda i: generator.normal((5, 50), (0.5, 8)),
         "corner": lambda i: (10 - 0.1 * i, 100 - i),
     }[crowd]
-    points = [Point(name, *map(float, place(i)), 0.1, 1, "k") for i, name in enumerate(ALL)]
+    points = [Point(name, *map(float, place(i)), *bars, "k") for i, name in enumerate(ALL)]
     boxes, spots, frame = boxes_of_labels(points)
     assert set(boxes) == set(ALL)
     for one, other in itertools.combinations(boxes.values(), 2):
@@ -545,7 +546,7 @@ def test_labels_do_not_overlap(crowd):
     for box in boxes.values():
         assert frame.contains(box.x0, box.y0)
         assert frame.contains(box.x1, box.y1)
-        assert not any(box.contains(*spot) for spot in spots)
+        assert not any(box.padded(5).contains(*spot) for spot in spots)  # a marker's half
 
 
 def test_a_lonely_label_is_right_beside_its_point():
@@ -792,6 +793,15 @@ def test_side_by_side_has_a_column_for_each_comparison(tmp_path):
         "| classp-matrix | – | – |\n"
         "| naive | -20.0 ± 0.0 | -20.0 ± 0.0 |",
     ]
+
+
+def test_side_by_side_sorts_methods_by_the_folders_that_have_all_of_them(tmp_path):
+    accuracies = {"first": {"ewc": 0.5, "mas": 0.6}, "hard": {"mas": 0.1}}
+    for place, methods in accuracies.items():
+        for method, accuracy in methods.items():
+            Results(tmp_path / place).save(fake_result(method, 0, accuracy))
+    table, _ = side_by_side([tmp_path / place for place in accuracies])
+    assert table.splitlines()[2:] == ["| mas | 60.0 | 10.0 |", "| ewc | 50.0 |  |"]
 
 
 def test_side_by_side_refuses_what_has_no_one_number(tmp_path):

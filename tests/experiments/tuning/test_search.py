@@ -111,6 +111,19 @@ def test_search_cuts_hopeless_trials_short(tmp_path, monkeypatch):
     assert len(ended) == len(whole)
 
 
+def test_a_trial_is_compared_with_its_first_tuning_seed_alone(tmp_path, monkeypatch):
+    told = []
+
+    def fake_run(config, root, report):
+        told.append((config.seed, report is not None))
+        return {"average_accuracy": 0.5}
+
+    monkeypatch.setattr("experiments.tuning.search.run", fake_run)
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
+    search("split-digits", "class", ["naive"], tmp_path, 2, 2, (1,), 32)
+    assert told == [(1000, True), (1001, False)] * 2
+
+
 def test_search_runs_the_best_trials_with_more_seeds_and_chooses_by_all(tmp_path, monkeypatch):
     """What was best with the first seed fails with another."""
     seen = []

@@ -4,11 +4,11 @@ import csv
 
 import pytest
 
+from experiments.cli import main
 from experiments.errors import UserError
 from experiments.protocol.tuned_settings import searched_setting
 from experiments.running.records import Results
-from experiments.tuning import defaults, sensitivity
-from experiments.tuning import subset_ranking as share
+from experiments.tuning import sensitivity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
 
@@ -50,18 +50,18 @@ def test_sensitivity_varies_one_hyper_parameter_and_keeps_the_others(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "limit"),
+    ("words", "limit"),
     [
-        (defaults, "--trials 0", "a whole number of at least 1"),
-        (sensitivity, "--seeds 0", "a whole number of at least 1"),
-        (sensitivity, "--seeds 1000000000", "at most 10000"),
-        (sensitivity, "--jobs 0", "a whole number of at least 1"),
-        (share, "folder --methods ewc --jobs 0", "a whole number of at least 1"),
+        ("defaults --trials 0", "a whole number of at least 1"),
+        ("sensitivity --seeds 0", "a whole number of at least 1"),
+        ("sensitivity --seeds 1000000000", "at most 10000"),
+        ("sensitivity --jobs 0", "a whole number of at least 1"),
+        ("subset-ranking folder --methods ewc --jobs 0", "a whole number of at least 1"),
     ],
 )
-def test_the_scripts_refuse_a_wrong_number_in_one_line(script, words, limit, capsys):
+def test_the_commands_refuse_a_wrong_number_in_one_line(words, limit, capsys):
     with pytest.raises(SystemExit) as error:
-        script.main(words.split())
+        main(words.split())
     assert error.value.code == 2
     *_, option, value = words.split()
     last = capsys.readouterr().err.splitlines()[-1]
