@@ -76,11 +76,11 @@ from avalanche_classp import CLASSP, in_memory
 from avalanche_classp.data.batch_transforms import (
     NUMBER,
     TENSOR,
-    Form,
+    BatchTransform,
+    ElementSpec,
     NotBatchableError,
-    Pipeline,
 )
-from avalanche_classp.data.sample_store import Source
+from avalanche_classp.data.sample_store import SampleSource
 
 UNTOUCHED = dict(default_collate_fn_map)
 
@@ -270,7 +270,7 @@ def never_one_by_one(monkeypatch):
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("error", message="in_memory")
-        patch.setattr(avalanche_classp.data.in_memory._InMemory, "load_sample", refuse)
+        patch.setattr(avalanche_classp.data.in_memory.InMemoryDataset, "load_sample", refuse)
         yield
 
 
@@ -459,7 +459,7 @@ def test_augmentations_are_torchvisions(kind, as_tensors, size, padding, fill, p
     expected = torch.stack([dataset[i][0] for i in range(12)])
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    stored, pipeline = Source(dataset, deterministic=False).prepare(0, [])
+    stored, pipeline = SampleSource(dataset, deterministic=False).prepare(0, [])
     batch = pipeline(stored.take(torch.arange(12)), pipeline.draw(12))
     assert torch.equal(batch, expected)
     assert torch.equal(state, torch.get_rng_state())
@@ -615,7 +615,7 @@ def test_twice_is_once(root, monkeypatch):
 def test_avalanche_finds_no_ffcv(stock):
     dataset = in_memory(stock).train_stream[0].dataset
     assert not has_ffcv_support([dataset])
-    with pytest.raises(AttributeError, match="target_transform"):  # see Rows
+    with pytest.raises(AttributeError, match="target_transform"):  # see SourceSubset
         single_flat_dataset(dataset)
 
 
@@ -981,14 +981,14 @@ def test_unusual_arrays_are_loaded_one_by_one(root):
 @pytest.mark.parametrize(
     "form",
     [
-        Form(TENSOR, (2,), torch.int64),
-        Form(NUMBER, (), torch.float64),
-        Form(NUMBER, (), torch.bool),
+        ElementSpec(TENSOR, (2,), torch.int64),
+        ElementSpec(NUMBER, (), torch.float64),
+        ElementSpec(NUMBER, (), torch.bool),
     ],
 )
 def test_only_whole_numbers_are_mapped_to_classes(form):
     with pytest.raises(NotBatchableError, match="lookup"):
-        Pipeline([partial(lookup, [1, 0])], form)
+        BatchTransform([partial(lookup, [1, 0])], form)
 
 
 class Reversed(Subset):
@@ -1072,7 +1072,7 @@ def test_arrays_are_shared_not_copied(root):
         FashionMNIST(root / "fashionmnist", transform=TO_TENSOR),
         TensorDataset(*some_tensors(10)),
     ):
-        stored, _ = Source(dataset, deterministic=False).prepare(0, [])
+        stored, _ = SampleSource(dataset, deterministic=False).prepare(0, [])
         held = dataset.tensors[0] if isinstance(dataset, TensorDataset) else dataset.data
         assert stored.data.data_ptr() == torch.as_tensor(held).data_ptr()
 
