@@ -10,11 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from avalanche_classp.checkpoint import CheckpointError
-from avalanche_classp.optim.optimizer import (
-    CLASSP_optimizer,
-    CLASSPOptimizer,
-    NonFiniteGradientError,
-)
+from avalanche_classp.optim.author import CLASSP_optimizer
+from avalanche_classp.optim.optimizer import CLASSPOptimizer, NonFiniteGradientError
 from avalanche_classp.optim.transfer import CarryReport, carry_accumulators
 
 if TYPE_CHECKING:

@@ -235,6 +235,8 @@ SPECS: dict[str, Spec] = {
 }
 """The declarations by name."""
 
+_OF_SOME_HISTORIES = {name: spec.only for name, spec in SPECS.items() if spec.only != HISTORIES}
+
 
 def validate(values: Mapping[str, Any]) -> None:
     """Check the hyper-parameters among ``values``; other keys, and None, are left alone.
@@ -264,6 +266,19 @@ def require_positive_epsilon(history: str, epsilon: Any) -> None:
         raise ValueError(
             f"epsilon must be greater than 0 with history={history!r}, got {epsilon!r}"
         )
+
+
+def require_consistent(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a group was changed to what its history cannot use."""
+    history = group["history"]
+    SPECS["history"].check("history", history)
+    for name, only in _OF_SOME_HISTORIES.items():
+        if (group[name] is None) == (history in only):
+            raise ValueError(
+                f"a group was changed to history={history!r} with {name}={group[name]!r}; a "
+                f"history is chosen when the optimizer is made"
+            )
+    require_positive_epsilon(history, group["epsilon"])
 
 
 def resolve(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,17 +12,16 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from avalanche_classp.optim import state_dict as saved
 from avalanche_classp.optim.accumulators import Accumulator, Update, kind_for, kind_of
-from avalanche_classp.optim.accumulators.base import DTYPES
+from avalanche_classp.optim.accumulators.base import DTYPES, has_values
 from avalanche_classp.optim.backends import find_nonfinite
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
     documented,
-    require_positive_epsilon,
+    require_consistent,
     resolve,
     validate,
     validated_factor,
@@ -30,7 +29,7 @@ from avalanche_classp.optim.hyperparameters import (
 from avalanche_classp.optim.rule import rule_of
 from avalanche_classp.optim.sharding import bad_anywhere, local_gradient
 
-__all__ = ["CLASSPOptimizer", "CLASSP_optimizer", "NonFiniteGradientError"]
+__all__ = ["CLASSPOptimizer", "NonFiniteGradientError"]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -289,6 +288,11 @@ class CLASSPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_parameters()
+        return loss
+
+    def _update_parameters(self) -> None:
+        """Take the step that the gradients ask for."""
         entries = self._entries()
         with ExitStack() as stack:
             for device_type in {entry.param.device.type for entry in entries} - {"meta"}:
@@ -303,7 +307,6 @@ class CLASSPOptimizer(Optimizer):
             for (group_index, kind), some in updates.items():
                 group = self.param_groups[group_index]
                 kind.update_(some, rule_of(group), group)
-        return loss
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:
@@ -352,7 +355,7 @@ class CLASSPOptimizer(Optimizer):
         """
         entries = []
         for group_index, group in enumerate(self.param_groups):
-            require_positive_epsilon(group["history"], group["epsilon"])
+            require_consistent(group)
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -369,6 +372,11 @@ class CLASSPOptimizer(Optimizer):
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
                 state = self.state.get(p)
+                if (held := kind_of(state)) not in (None, kind):
+                    raise RuntimeError(
+                        f"{where} has a history of another kind ({held.key}) than its group's "
+                        f"history={group['history']!r}; make an optimizer for another kind"
+                    )
                 shape = kind.shape(state, p) if state and kind.key in state else p.shape
                 # A kernel knows no shapes and would write beyond the tensors.
                 if not p.grad.shape == p.shape == shape:
@@ -388,7 +396,7 @@ class CLASSPOptimizer(Optimizer):
             entry
             for entry in entries
             if self.param_groups[entry.group_index]["nonfinite"] == "raise"
-            and not isinstance(entry.grad, FakeTensor)  # it has no values
+            and has_values(entry.grad)
         ]
         groups = [self.param_groups[entry.group_index] for entry in checked]
         # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
@@ -427,7 +435,3 @@ class CLASSPOptimizer(Optimizer):
             f"and nothing was changed. Find its cause, drop the batch, or pass nonfinite='skip' to "
             f"leave such weights as they are"
         )
-
-
-CLASSP_optimizer = CLASSPOptimizer
-"""The name in the author's code; same keywords."""

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.testing import assert_close
 
-from avalanche_classp import CLASSPOptimizer, NonFiniteGradientError
+from avalanche_classp import CLASSPOptimizer, NonFiniteGradientError, carry_accumulators
 from avalanche_classp.optim import backends
+from avalanche_classp.optim.accumulators import diagonal
 from avalanche_classp.optim.backends import compiled, multi_tensor, single_tensor
 from avalanche_classp.optim.backends import cpu_kernel as kernel
 from avalanche_classp.optim.rule import Rule, classp_update_, largest_usable_gradient
@@ -408,6 +409,24 @@ def test_step_on_a_gpu_does_not_wait_for_it():
         CLASSPOptimizer([p], threshold=1e-3, nonfinite="skip").step()
         # What has no values cannot be checked, as with torch's own optimizers.
         CLASSPOptimizer([p]).step()
+
+
+@parametrize("history", ["weights", "gradients"])
+@parametrize("nonfinite", ["raise", "skip"])
+def test_without_values_everything_but_the_check_of_values_runs(history, nonfinite):
+    with FakeTensorMode():
+        model, larger = nn.Linear(6, 5), nn.Linear(6, 7)
+        optimizer, new = (
+            CLASSPOptimizer(m.parameters(), nonfinite=nonfinite, history=history)
+            for m in (model, larger)
+        )
+        for _ in range(2):
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+        optimizer.consolidate(2.0)
+        optimizer.load_state_dict(optimizer.state_dict())
+        carry_accumulators(optimizer, model.named_parameters(), new, larger.named_parameters())
+        assert diagonal(new.state[larger.weight], larger.weight).shape == (7, 6)
 
 
 @parametrize("choice", [{"fused": False}, {"fused": True}])

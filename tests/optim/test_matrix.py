@@ -543,6 +543,43 @@ def test_a_default_device_changes_nothing(hyper):
     assert torch.equal(*found)
 
 
+@parametrize(
+    ("made_with", "changed", "message"),
+    [
+        ({}, {"history": "gradients"}, "history='gradients' with rank=None; a history is chosen"),
+        ({}, {"rank": 4}, "history='weights' with rank=4"),
+        ({}, {"history": "bogus"}, "history must be one of .*, got 'bogus'"),
+        ({"history": "gradients"}, {"history": "weights"}, "history='weights' with rank=128"),
+    ],
+)
+@parametrize("steps", [0, 2])
+def test_a_group_cannot_change_its_kind_of_history(made_with, changed, message, steps):
+    w = nn.Parameter(torch.zeros(3, 2))
+    w.grad = torch.ones(3, 2)
+    optimizer = CLASSPOptimizer([w], **made_with)
+    for _ in range(steps):
+        optimizer.step()
+    before, state = w.detach().clone(), copy.deepcopy(dict(optimizer.state[w]))
+    optimizer.param_groups[0].update(changed)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(w.detach(), before) and optimizer.state[w].keys() == state.keys()
+
+
+def test_a_history_of_another_kind_is_refused_and_not_carried():
+    old_w, w = (nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    old = CLASSPOptimizer([old_w], history="gradients", rank=2)
+    old_w.grad, w.grad = torch.ones(3, 2), torch.ones(3, 2)
+    old.step()
+    new = CLASSPOptimizer([w])
+    report = carry_accumulators(old, [("w", old_w)], new, [("w", w)])
+    assert "another kind" in report.dropped["w"] and not new.state
+    new.state[w] = dict(old.state[old_w])
+    with pytest.raises(RuntimeError, match=r"a history of another kind \(sketch\)"):
+        new.step()
+    assert torch.equal(w.detach(), torch.zeros(3, 2))
+
+
 def test_a_step_refuses_what_has_no_matrix_and_changes_nothing():
     w = nn.Parameter(torch.ones(2, 2))
     optimizer = CLASSPOptimizer([w], history="gradients", rank=2)

@@ -702,7 +702,7 @@ def test_none_stands_for_the_default():
 
 
 def test_authors_name_and_keywords_and_positional_lr():
-    assert CLASSP_optimizer is CLASSPOptimizer
+    assert issubclass(CLASSP_optimizer, CLASSPOptimizer)
     by_keyword = CLASSP_optimizer([Parameter(randn(2))], lr=1, threshold=2, epsilon=3, power=4)
     by_place = CLASSPOptimizer([Parameter(randn(2))], 1, 2, 3, 4)
     assert by_keyword.defaults == by_place.defaults

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from avalanche_classp.optim.rule import Rule, accumulator_dtype, largest_usable_gradient
 from avalanche_classp.optim.sharding import local
 
-__all__ = ["Accumulator", "State", "Update", "require_numbers", "require_type"]
+__all__ = ["Accumulator", "State", "Update", "has_values", "require_numbers", "require_type"]
 
 State = dict[str, Any]
 """What an optimizer's ``state`` holds of one parameter."""
@@ -92,6 +93,11 @@ class Accumulator(ABC):
                 state[name] = value.to(param.device, dtype)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Tell whether a tensor has values to look at: not on meta, nor in a FakeTensorMode."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def require_type(what: str, value: Any, *types: type) -> None:
     """Raise TypeError if a part of a state_dict is of another type."""
     if not isinstance(value, types) or isinstance(value, bool):
@@ -108,7 +114,7 @@ def require_numbers(what: str, saved: Tensor, param: Tensor, least: float) -> No
             f"{saved.dtype}, {saved.layout} on {saved.device}"
         )
     part = local(saved)
-    if part.numel() and not part.is_meta:
+    if part.numel() and has_values(part):
         low, high = (end.item() for end in torch.aminmax(part))
         if not (low >= least and -torch.inf < low and high < torch.inf):
             at_least = "" if least == -torch.inf else f" and at least {least}"
