@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
@@ -305,41 +305,40 @@ def validated_factor(name: str, value: Any) -> float:
 _Class = TypeVar("_Class", bound=type)
 
 
-def documented(
-    names: Iterable[str] = SPECS,
-) -> Callable[[_Class], _Class]:
+def documented(**own: tuple[Any, str]) -> Callable[[_Class], _Class]:
     """Return a class decorator that declares hyper-parameters to ``help()`` and ``inspect``.
 
     The line ``{hyperparameters}`` of the docstring becomes their part of ``Args``. In the signature
     they take the place of ``**hyperparameters``, with the defaults of ``history="weights"``.
 
     Args:
-        names: which; the constructor may take some itself.
+        **own: a default and a text with the default, for a hyper-parameter that differs here.
     """
 
     def decorate(cls: _Class) -> _Class:
         pad = " " * 8
         entries = []
-        for name in names:
-            spec = SPECS[name]
+        for name, spec in SPECS.items():
             others = [f"{v!r} with history={h!r}" for h, v in spec.defaults.items() if v != h]
-            text = f"{name}: {spec.doc} Default: {', '.join([repr(spec.default), *others])}."
+            text = f"{spec.doc} Default: {', '.join([repr(spec.default), *others])}."
+            text = f"{name}: {own[name][1] if name in own else text}"
             entries += textwrap.wrap(text, 92, initial_indent=pad, subsequent_indent=pad + "    ")
         assert cls.__doc__ is not None
         cls.__doc__ = cls.__doc__.replace(pad + "{hyperparameters}", "\n".join(entries))
         init: Any = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(init)
         hints = get_type_hints(Hyperparameters)
-        own = dict(signature.parameters)
-        own.pop("hyperparameters", None)
-        catch_all = own.popitem()[1] if _is_catch_all(own) else None
-        for name in names:
-            kind = own[name].kind if name in own else inspect.Parameter.KEYWORD_ONLY
-            own[name] = inspect.Parameter(
-                name, kind, default=SPECS[name].default, annotation=hints[name]
+        parameters = dict(signature.parameters)
+        parameters.pop("hyperparameters", None)
+        catch_all = dict([parameters.popitem()]) if _is_catch_all(parameters) else {}
+        for name, spec in SPECS.items():
+            given = parameters.get(name)
+            kind = inspect.Parameter.KEYWORD_ONLY if given is None else given.kind
+            default = own[name][0] if name in own else spec.default
+            parameters[name] = inspect.Parameter(
+                name, kind, default=default, annotation=hints[name]
             )
-        parameters = [*own.values(), *([catch_all] if catch_all else [])]
-        init.__signature__ = signature.replace(parameters=parameters)
+        init.__signature__ = signature.replace(parameters=[*(parameters | catch_all).values()])
         return cls
 
     return decorate
