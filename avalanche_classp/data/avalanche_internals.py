@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from avalanche.benchmarks.utils import AvalancheDataset
-from avalanche.benchmarks.utils.classification_dataset import _TensorClassificationDataset
+from avalanche.benchmarks.utils.classification_dataset import (
+    _TensorClassificationDataset as TensorClassificationDataset,
+)
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.flat_data import FlatData
 from avalanche.benchmarks.utils.transform_groups import EmptyTransformGroups
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-__all__ = [
-    "FlatData",
-    "_TensorClassificationDataset",
-    "children_and_indices",
-    "current_group",
-    "data_attributes",
-    "data_tree",
-    "default_collate_fn_map",
-    "set_dataset",
-    "transform_groups",
-]
+__all__ = ["FlatData", "TensorClassificationDataset", "default_collate_fn_map"]
 
 
 def set_dataset(experience: Any, dataset: AvalancheDataset) -> None:

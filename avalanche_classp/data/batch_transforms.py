@@ -47,10 +47,8 @@ class ElementSpec:
 class Step:
     """One transform on a mini-batch.
 
-    Attributes:
-        apply: called with the mini-batch, which it may change, and a tensor per draw.
-        draws: what the transform draws for one sample: n for a ``randint`` below n, None for a
-            ``rand``.
+    ``apply`` gets the mini-batch, which it may change, and a tensor per draw. ``draws`` says what
+    is drawn for one sample: n for a ``randint`` below n, None for a ``rand``.
     """
 
     apply: Callable[..., Tensor]
@@ -136,7 +134,7 @@ def is_deterministic(transform: Any, vouched: bool) -> bool:
     if is_batchable(transform) and kind not in _RANDOM:
         return True
     own = kind.__module__.startswith("torchvision.") and kind is not transforms.Lambda
-    return kind in _DETERMINISTIC or (vouched and not own)
+    return kind in _APPLIED_ONCE or (vouched and not own)
 
 
 def is_integer(dtype: torch.dtype) -> bool:
@@ -263,14 +261,9 @@ _MAKERS: dict[type, _Maker] = {
     **_RANDOM,
 }
 
-_DETERMINISTIC = {
-    transforms.CenterCrop,
-    transforms.ConvertImageDtype,
-    transforms.Grayscale,
-    transforms.LinearTransformation,
-    transforms.PILToTensor,
-    transforms.Pad,
-    transforms.Resize,
+_APPLIED_ONCE = {
+    *(transforms.CenterCrop, transforms.ConvertImageDtype, transforms.Grayscale, transforms.Pad),
+    *(transforms.LinearTransformation, transforms.PILToTensor, transforms.Resize),
     transforms.ToPILImage,
 }
-"""These have no step; they are applied to each sample once."""
+"""Deterministic, but without a step: they are applied to each sample once."""

@@ -17,12 +17,7 @@ from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransf
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from avalanche_classp.data.avalanche_internals import (
-    FlatData,
-    children_and_indices,
-    current_group,
-    transform_groups,
-)
+from avalanche_classp.data import avalanche_internals as internals
 from avalanche_classp.data.batch_transforms import NotBatchableError, flatten
 from avalanche_classp.data.sample_store import SampleSource
 
@@ -73,7 +68,7 @@ def select_samples(
         places = torch.cat([where for _, _, where in parts if where is not None])
         if (places.diff() < 0).any():
             order = places.argsort().tolist()
-    frozen, current = (copy.copy(groups) for groups in transform_groups(node))
+    frozen, current = (copy.copy(groups) for groups in internals.transform_groups(node))
     return AvalancheDataset(
         children, indices=order, frozen_transform_groups=frozen, transform_groups=current
     )
@@ -93,7 +88,9 @@ class BatchLoader:
         self._routes: list[_Route] = []
         known: dict[Any, int] = {}
         found: list[tuple[Tensor, Tensor | None, int]] = []
-        for leaf, chosen, places, pairs in _leaves(tree, None, None, current_group(tree), []):
+        for leaf, chosen, places, pairs in _leaves(
+            tree, None, None, internals.current_group(tree), []
+        ):
             if not isinstance(leaf, SourceSubset):
                 raise NotBatchableError(f"a {type(leaf).__name__} was added later")
             chains = [_chain(pairs, element) for element in range(leaf.source.elements)]
@@ -156,8 +153,8 @@ def _parts(node: Any, wanted: Tensor | None) -> list[_Part] | None:
     The places are None if all that is wanted comes from one dataset.
     """
     own: Any = None
-    if isinstance(node, FlatData):
-        children, own = children_and_indices(node)
+    if isinstance(node, internals.FlatData):
+        children, own = internals.children_and_indices(node)
     elif type(node) is Subset:
         children, own = [node.dataset], node.indices
     elif type(node) is ConcatDataset:
@@ -198,7 +195,7 @@ def _leaves(
 def _sample_transforms(node: Any, group: str) -> list[TupleTransform]:
     """Return the node's transforms of whole samples, in the order of their application."""
     try:
-        found = [groups[group] for groups in transform_groups(node) if groups is not None]
+        found = [groups[group] for groups in internals.transform_groups(node) if groups is not None]
     except KeyError:
         raise NotBatchableError(f"there are no transforms for {group!r}") from None
     transforms: list[TupleTransform] = []

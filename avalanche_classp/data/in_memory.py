@@ -32,13 +32,7 @@ from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from avalanche_classp.data.avalanche_internals import (
-    current_group,
-    data_attributes,
-    data_tree,
-    default_collate_fn_map,
-    set_dataset,
-)
+from avalanche_classp.data import avalanche_internals as internals
 from avalanche_classp.data.batch_transforms import NotBatchableError
 from avalanche_classp.data.dataset_tree import BatchLoader, select_samples
 from avalanche_classp.data.sample_store import SampleSource
@@ -118,7 +112,7 @@ def _convert_experience(experience: Any, source_of: _SourceOf) -> Any:
             f"{experience.current_experience} has {dataset!r}"
         )
     new = copy.copy(experience)
-    set_dataset(new, _convert_dataset(dataset, source_of))
+    internals.set_dataset(new, _convert_dataset(dataset, source_of))
     return new
 
 
@@ -133,8 +127,8 @@ def _convert_dataset(dataset: AvalancheDataset, source_of: _SourceOf) -> Any:
     if dataset.collate_fn is not default_collate:
         _warn(f"the {type(dataset).__name__} has a collate_fn of its own")
         return dataset
-    tree = select_samples(data_tree(dataset), None, source_of)
-    new = new_class.from_tree(tree, data_attributes(dataset), dataset)
+    tree = select_samples(internals.data_tree(dataset), None, source_of)
+    new = new_class.from_tree(tree, internals.data_attributes(dataset), dataset)
     reasons = [view.reason_against_batches() for view in (new.train(), new.eval())]
     for reason in dict.fromkeys(reasons):
         if reason is not None:
@@ -172,7 +166,7 @@ class LazySample(Sequence[Any]):
 
 def _register_collate() -> None:
     """Have torch's default_collate call _collate where a mini-batch begins with a LazySample."""
-    default_collate_fn_map[LazySample] = _collate
+    internals.default_collate_fn_map[LazySample] = _collate
 
 
 def _collate(samples: Sequence[Any], *, collate_fn_map: Any = None) -> list[Any]:
@@ -201,7 +195,7 @@ class InMemoryDataset(AvalancheDataset):
     def from_tree(cls, tree: Any, attributes: list[DataAttribute], like: AvalancheDataset) -> Any:
         """Return a dataset of this tree and these attributes, otherwise like another dataset."""
         new = cls([tree], data_attributes=attributes, collate_fn=like.collate_fn)
-        return new.with_transforms(current_group(data_tree(like)))
+        return new.with_transforms(internals.current_group(internals.data_tree(like)))
 
     def __getstate__(self) -> dict[str, Any]:
         # Avalanche copies a dataset and then changes the copy's transforms or attributes.
@@ -232,13 +226,10 @@ class InMemoryDataset(AvalancheDataset):
 
     @cached_property
     def _batch_loader(self) -> Any:
-        """The loader, and the task labels and other attributes that Avalanche appends to samples.
-
-        Where mini-batches cannot be loaded, the reason.
-        """
-        attributes = [a for a in data_attributes(self) if a.use_in_getitem]
+        """The loader, and the attributes to append to samples; or the reason why it cannot be."""
+        attributes = [a for a in internals.data_attributes(self) if a.use_in_getitem]
         try:
-            return BatchLoader(data_tree(self)), [_as_column(a) for a in attributes]
+            return BatchLoader(internals.data_tree(self)), [_as_column(a) for a in attributes]
         except NotBatchableError as error:
             return str(error)
 
@@ -247,8 +238,8 @@ class InMemoryDataset(AvalancheDataset):
         chosen = [int(i) for i in indices]
         if not chosen:
             return super().subset(chosen)
-        tree = select_samples(data_tree(self), torch.tensor(chosen))
-        attributes = [attribute.subset(chosen) for attribute in data_attributes(self)]
+        tree = select_samples(internals.data_tree(self), torch.tensor(chosen))
+        attributes = [attribute.subset(chosen) for attribute in internals.data_attributes(self)]
         return self.from_tree(tree, attributes, self)
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, FashionMNIST
 
-from avalanche_classp.data.avalanche_internals import _TensorClassificationDataset
+from avalanche_classp.data.avalanche_internals import TensorClassificationDataset
 from avalanche_classp.data.batch_transforms import (
     IMAGE,
     NUMBER,
@@ -186,7 +186,7 @@ def _find_arrays(dataset: Any) -> list[ArrayColumn] | None:
     """Return the arrays that the dataset holds, None where it is of another type than these."""
     if type(dataset) is TensorDataset:
         return [ArrayColumn(tensor, TENSOR) for tensor in dataset.tensors]
-    if type(dataset) is _TensorClassificationDataset:
+    if type(dataset) is TensorClassificationDataset:
         first, targets, *others = dataset.tensors
         if not is_integer(targets.dtype):
             return None

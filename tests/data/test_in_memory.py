@@ -6,11 +6,13 @@ import copy
 import inspect
 import pickle
 import random
+import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import mypy.api
 import numpy as np
 import pytest
 import torch
@@ -380,6 +382,7 @@ def test_concatenations_in_concatenations(root):
             assert_same_loading(LOADERS["in order"], view(one), view(other))
 
 
+@pytest.mark.slow
 def test_workers_load_the_same(root):
     make_loader = partial(task_balanced, batch_size=20, shuffle=True, num_workers=2)
     stock = cifar(root)
@@ -1093,11 +1096,36 @@ def test_it_is_one_documented_call():
     assert "bytes" in in_memory.__doc__
 
 
+@pytest.mark.slow
+def test_a_type_checker_still_knows_the_benchmarks_type(tmp_path):
+    repository = Path(__file__).parents[2]
+    (tmp_path / "mypy.ini").write_text(
+        f"[mypy]\nmypy_path = {repository}\n"
+        "[mypy-avalanche.*,torch.*,torchvision.*]\n"
+        "follow_imports = skip\nignore_missing_imports = true\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from avalanche.benchmarks import CLScenario\n"
+        "from avalanche_classp import in_memory\n"
+        "class Digits(CLScenario):\n"
+        "    train_stream: list[str]\n"
+        "reveal_type(in_memory(Digits([])))\n"
+        "reveal_type(in_memory(Digits([]), deterministic=True).train_stream)\n"
+    )
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path)]
+    told, _, _ = mypy.api.run([*options, str(script)])
+    revealed = re.findall(r'Revealed type is "(.*)"', told)
+    names = [name.replace("builtins.", "") for name in revealed]
+    assert names == ["script.Digits", "list[str]"], told
+
+
 # --- real data ------------------------------------------------------------------------------------
 
 DATA = Path.home() / ".avalanche" / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "make"),
     [
