@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avalanche_classp.checkpoint import CheckpointError
+from avalanche_classp.checkpoint.file import CheckpointError
 from avalanche_classp.optim.author import CLASSP_optimizer
 from avalanche_classp.optim.optimizer import CLASSPOptimizer, NonFiniteGradientError
 from avalanche_classp.optim.transfer import CarryReport, carry_accumulators

@@ -132,7 +132,7 @@ class _Decoder:
     def value(self, record: Any, twin: Any, where: str) -> Any:
         """Return the value of a record, in place of its twin if that is of the same kind."""
         if where in self._keep or f"len({where})" in self._keep:
-            return twin
+            return self._initial.settings[where][0] if twin is None else twin
         if type(record) in ATOMS:
             return record
         if id(record) not in self._made:
@@ -199,8 +199,10 @@ class _Decoder:
     # --- values -----------------------------------------------------------------------------------
 
     def _value(self, record: Any, twin: Any, where: str) -> Any:
-        arguments = [self.value(argument, None, where) for argument in record["arguments"]]
-        return VALUES[record["of"]][0](*arguments)
+        of, make, arguments_of = VALUES[record["of"]]
+        twins = arguments_of(twin) if type(twin) is of else [None] * len(record["arguments"])
+        pairs = zip(record["arguments"], twins, strict=True)
+        return make(*[self.value(argument, own, where) for argument, own in pairs])
 
     def _enum(self, record: Any, twin: Any, where: str) -> Any:
         of: Any = self._class_of_values(record, enum.Enum, where)

@@ -15,13 +15,17 @@ import enum
 import functools
 import logging
 import operator
-import pathlib
 import random
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn, cast
+from uuid import UUID
 
 import numpy as np
 import torch
@@ -84,18 +88,19 @@ MAPPINGS: dict[str, type[dict[Any, Any]]] = {
     of.__name__: of
     for of in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
 }
-_PATH_CLASSES = (
-    type(pathlib.Path()),
-    pathlib.PurePosixPath,
-    pathlib.PureWindowsPath,
-)
-VALUES: dict[str, tuple[Callable[..., Any], Callable[[Any], tuple[Any, ...]]]] = {
-    "range": (range, lambda v: (v.start, v.stop, v.step)),
-    "slice": (slice, lambda v: (v.start, v.stop, v.step)),
-    "bytearray": (bytearray, lambda v: (bytes(v),)),
-    **{of.__name__: (of, lambda v: (str(v),)) for of in _PATH_CLASSES},
+VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], tuple[Any, ...]]]] = {
+    "range": (range, range, lambda v: (v.start, v.stop, v.step)),
+    "slice": (slice, slice, lambda v: (v.start, v.stop, v.step)),
+    "bytearray": (bytearray, bytearray, lambda v: (bytes(v),)),
+    "mappingproxy": (types.MappingProxyType, types.MappingProxyType, lambda v: (dict(v),)),
+    "timedelta": (timedelta, timedelta, lambda v: (v.days, v.seconds, v.microseconds)),
+    **{of.__name__: (of, of.fromisoformat, lambda v: (v.isoformat(),)) for of in (date, datetime)},
+    **{
+        of.__name__: (of, of, lambda v: (str(v),))
+        for of in (Decimal, Fraction, UUID, type(Path()), PurePosixPath, PureWindowsPath)
+    },
 }
-"""Immutable values: class by name, and the arguments that make it."""
+"""Values by the name of their class: the class, what makes them, and from which arguments."""
 
 _SAVED_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
@@ -200,8 +205,8 @@ class InitialState(NotSaved):
         attributes: names of the attributes of each object by its path.
     """
 
-    def __init__(self, strategy: Any) -> None:
-        """Walk over a strategy.
+    def __init__(self, strategy: Any, stream: Any = None) -> None:
+        """Walk over a strategy that is to be trained on a stream.
 
         Raises:
             CheckpointError: it holds what no checkpoint can hold.
@@ -214,6 +219,8 @@ class InitialState(NotSaved):
         self._classes: dict[str, type | None] = {}
         self._imported = frozenset(sys.modules)
         self._layers = {type(module) for module in strategy.model.modules()}
+        if isinstance(stream, Sized):
+            self.settings["len(stream)"] = (len(stream), True)
         _Encoder(self, collecting=True).value(strategy, "strategy")
 
     def __reduce__(self) -> Any:
@@ -348,7 +355,7 @@ class _Encoder:
             return {"kind": "namedtuple", "class": class_name(of), "items": items}
         name = of.__name__
         if name in VALUES and VALUES[name][0] is of:
-            arguments = [self.value(v, where) for v in VALUES[name][1](value)]
+            arguments = [self.value(v, where) for v in VALUES[name][2](value)]
             self._note(str(value), where)
             return {"kind": "value", "of": name, "arguments": arguments}
         if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
@@ -480,7 +487,8 @@ class _Encoder:
         if isinstance(value, Optimizer):
             with self._no_settings():
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]
-            state = self._state_dict(value, where, argument=True)
+                state = self._state_dict(value, where, argument=False)
+            self._note_groups(value.param_groups, f"{where}.state_dict()['param_groups']")
             return {**record, "kind": "optimizer", "groups": groups, "state": state}
         if has_state_dict(of) and not isinstance(value, nn.Module):
             state = self._state_dict(value, where, argument=isinstance(value, LRScheduler))
@@ -514,6 +522,16 @@ class _Encoder:
         state = self.value(value.state_dict(), f"{where}.state_dict()")
         self._argument = was_argument
         return state
+
+    def _note_groups(self, groups: list[dict[str, Any]], where: str) -> None:
+        """Note hyper-parameters, but not how many there are: a release may have more."""
+        was_argument, self._argument = self._argument, True
+        self._note(len(groups), f"len({where})")
+        for i, group in enumerate(groups):
+            for name, value in group.items():
+                if type(value) in (*ATOMS, tuple):
+                    self._note(value, f"{where}[{i}][{name!r}]")
+        self._argument = was_argument
 
     def _claim(self, value: Any, where: str) -> str | None:
         """Return the path of the script's object whose place this one takes, each only once."""

@@ -136,7 +136,7 @@ def checkpointed(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError("checkpointed works in one process; torch.distributed is initialized")
     checkpoints = _Checkpoints(Path(folder), every_epochs, keep)
-    checkpoints.resume(strategy, on_change)
+    checkpoints.resume(strategy, stream, on_change)
     return checkpoints.remaining(strategy, stream)
 
 
@@ -186,7 +186,7 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def resume(self, strategy: Any, on_change: str) -> None:
+    def resume(self, strategy: Any, stream: Iterable[Any], on_change: str) -> None:
         """Become a plugin of the strategy, and load the newest good checkpoint if there is one."""
         plugins = [p for p in strategy.plugins if not isinstance(p, _Checkpoints)]
         for plugin in plugins:
@@ -197,7 +197,7 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         # A strategy at hand that has trained is no longer what the script built.
         self.initial = vars(strategy).get(_INITIAL_STATE)
         if content is None or self.initial is None:
-            self.initial = InitialState(strategy)
+            self.initial = InitialState(strategy, stream)
             setattr(strategy, _INITIAL_STATE, self.initial)
         self.settings = {path: value for path, (value, _) in self.initial.settings.items()}
         if content is None:

@@ -18,9 +18,15 @@ def constructor_arguments(of: type) -> frozenset[str]:
     names: set[str] = set()
     for called in (of, *(vars(base).get("__init__") for base in of.__mro__)):
         try:
-            names |= set(inspect.signature(called).parameters)  # type: ignore[arg-type]
+            parameters = inspect.signature(called).parameters  # type: ignore[arg-type]
         except (TypeError, ValueError):  # none, or one in C
             continue
+        kinds = inspect.Parameter
+        names |= {
+            name
+            for name, p in parameters.items()
+            if p.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
+        }
     return frozenset(names)
 
 

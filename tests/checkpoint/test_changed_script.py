@@ -53,6 +53,11 @@ def sgd(lr=0.1, model=linear_head, plugins=(), momentum=0.0, of=Naive, **kwargs)
     return build(of, built, optimizer=optimizer, plugins=list(plugins), **kwargs)
 
 
+def adam(**kwargs):
+    model = linear_head()
+    return naive(model, optimizer=torch.optim.Adam(model.parameters(), **kwargs))
+
+
 def classp(lr=0.1, phases=None, **kwargs):
     if phases is not None:
         kwargs["phases"] = phases
@@ -93,6 +98,7 @@ def with_optimizer(**values):
 CHANGES = {
     "lr": (sgd, {"lr": 0.1}, {"lr": 0.01}, r"param_groups\[0\]\['lr'\] was 0.1 and is 0.01"),
     "momentum": (sgd, {}, {"momentum": 0.9}, r"\['momentum'\] was 0.0 and is 0.9"),
+    "betas": (adam, {}, {"betas": (0.5, 0.9)}, r"betas'\] was \(0.9, 0.999\) and is \(0.5, 0.9\)"),
     "epochs": (sgd, {"train_epochs": 1}, {"train_epochs": 2}, r"train_epochs was 1 and is 2"),
     "batch": (sgd, {}, {"train_mb_size": 4}, r"strategy\.train_mb_size was 8 and is 4"),
     "eval batch": (sgd, {}, {"eval_mb_size": 4}, r"eval_mb_size was 8 and is 4"),
@@ -222,6 +228,27 @@ def test_another_shape_is_refused_and_named(tmp_path, on_change):
     assert same(weights(found.model), weights(whole(sgd, {})))
 
 
+def test_a_hyperparameter_that_only_a_later_release_has_is_no_change(tmp_path):
+    class Later(SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if new:
+                self.param_groups[0]["new"] = 1.0
+                self.version = 2
+
+        def state_dict(self):
+            return {**super().state_dict(), "version": 1 + new}
+
+    def make():
+        model = linear_head()
+        return naive(model, optimizer=Later(model.parameters(), lr=0.1))
+
+    new = False
+    stopped(make(), tmp_path)
+    new = True
+    run(make(), tmp_path)
+
+
 def test_a_head_that_grew_is_no_change(tmp_path):
     stopped(sgd(model=growing_head), tmp_path, stop=7)
     found = run(sgd(model=growing_head), tmp_path)
@@ -237,6 +264,13 @@ class Stamped(On):
         self.id = uuid.uuid4().hex
         self.folder = Path("runs") / self.id
         self.python = torch.Generator().manual_seed(int(self.started * 1e6) % 2**30)
+
+
+def test_a_stream_of_another_length_is_refused(tmp_path):
+    stopped(sgd(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"len\(stream\) was 3 and is 2"):
+        run(sgd(), tmp_path, stream=STREAM[:2])
+    assert run(sgd(), tmp_path, stream=STREAM[:2], on_change="script").clock.train_exp_counter == 2
 
 
 def test_times_and_names_are_no_reason_to_refuse(tmp_path):

@@ -1,6 +1,7 @@
 """Values of every kind that a plugin, a scheduler or a model may hold: they come back, or are
 refused before anything is trained."""
 
+import argparse
 import collections
 import copy
 import enum
@@ -8,17 +9,34 @@ import functools
 import math
 import os
 import random
+import sys
 import weakref
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
+from uuid import UUID
 
 import numpy as np
 import pytest
 import torch
+from avalanche.training import LwF
 from avalanche.training.plugins import LRSchedulerPlugin
 from checkpoint_runs import StoppedError, Stopper, same
-from conftest import BATCH, FEATURES, SGD, On, linear_head, make_benchmark, naive, seed_everything
+from conftest import (
+    BATCH,
+    FEATURES,
+    SGD,
+    On,
+    build,
+    linear_head,
+    make_benchmark,
+    naive,
+    seed_everything,
+)
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -140,6 +158,9 @@ LATER = {
     "range and slice": (None, [range(1, 9, 2), slice(None, 3), slice(1, 2, 3)]),
     "bytearray": (bytearray(b"a"), bytearray(b"bc")),
     "nested": ([], [({"x": (Phase.MAIN, [{Path("y"): {Number.ONE}}])},)]),
+    "times": (None, [datetime(2026, 1, 2, 3, tzinfo=UTC), date(2026, 1, 2), timedelta(3)]),
+    "exact numbers": (None, [Decimal("0.10"), Fraction(1, 3), UUID(int=7)]),
+    "namespace": (argparse.Namespace(a=1), argparse.Namespace(a=Phase.MAIN)),
     "builtin classes": (int, float),
     "built-in classes in containers": ({}, {int: [str, dict], "x": {float, bool}}),
     "tuple of nothing": ((), ((), [], {}, set(), frozenset())),
@@ -226,6 +247,7 @@ def code_of_the_script():
         "class": [nn.Linear, Phase, Path, Settings],
         "module": [math, os],
         "generic": list[int],
+        "read-only mapping": MappingProxyType({Phase.MAIN: [square, Path("x")]}),
     }
 
 
@@ -381,6 +403,19 @@ def test_what_the_script_could_not_find_again_is_not_saved(tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_enum_of_a_module_that_is_imported_later_is_not_saved(tmp_path, monkeypatch):
+    class Importing(Holder):
+        def after_training_exp(self, strategy, **kwargs):
+            module = ModuleType("imported_later")
+            module.Later = enum.Enum("Later", "A", module="imported_later")
+            monkeypatch.setitem(sys.modules, "imported_later", module)
+            self.held = module.Later.A
+
+    with pytest.raises(CheckpointError, match="class imported_later:Later, which the script could"):
+        train(Importing(0, 0), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def two_of_one_name():
     return {local_enum(), local_enum()}
 
@@ -526,6 +561,7 @@ NETWORKS = {
     "two ways": lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True, dropout=0.2),
     "projected": lambda: Recurrent(nn.LSTM, proj_size=3),
     "without bias": lambda: Recurrent(nn.GRU, bias=False),
+    "distilled": lambda: Recurrent(nn.GRU),
     "cell": lambda: nn.Sequential(nn.LSTMCell(FEATURES, 6), First()),
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, 6)), nn.ReLU()
@@ -552,6 +588,8 @@ def with_network(network, classp):
         model = NETWORKS[network]()
         if classp:
             return CLASSP(model=model, lr=0.05, train_mb_size=BATCH, train_epochs=2)
+        if network == "distilled":
+            return build(LwF, model, train_epochs=2, alpha=1.0, temperature=2.0)
         return naive(model, train_epochs=2)
 
     return make
