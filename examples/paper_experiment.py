@@ -2,13 +2,13 @@
 
     python examples/paper_experiment.py --samples 1000
 
-`CLASSP_optimizer` takes the keywords of the author's code. Training on MNIST has no decay, training
-on Fashion-MNIST has. The author gives a threshold of 0.5, which the released code does not apply
-(any threshold below 1 lets every gradient through there); applied, it stops all learning here. So
-it is 0. The author measures on training data with dropout on; here it is test data in eval mode.
-Without --samples all of both datasets are used, which takes half an hour on a CPU. Datasets are
-downloaded unless they are there (--data-root, default ~/.avalanche/data). Last lines with
---samples 1000:
+`CLASSP_optimizer` has the interface of the author's code. Training on MNIST has no decay
+(`apply_scaling`), training on Fashion-MNIST has. The author gives a threshold of 0.5, which the
+released code does not apply (any threshold below 1 lets every gradient through there). Applied, it
+stops all learning here, so it is 0. The author measures on training data with dropout on; here it
+is test data in eval mode. Without --samples all of both datasets are used, which takes half an hour
+on a CPU. Datasets are downloaded unless they are there (--data-root, default ~/.avalanche/data).
+Last lines with --samples 1000:
 
     MNIST 85.6 %, Fashion-MNIST  8.0 % after MNIST
     MNIST 24.1 %, Fashion-MNIST 68.7 % after Fashion-MNIST
@@ -54,16 +54,15 @@ model = nn.Sequential(
 optimizer = CLASSP_optimizer(model.parameters(), lr=0.2, threshold=0, epsilon=1e-5, power=1)
 tests = [load(MNIST, "mnist", False), load(FashionMNIST, "fashionmnist", False)]
 phases = [
-    ("MNIST", MNIST, "mnist", 4, {"apply_decay": False}),
-    ("Fashion-MNIST", FashionMNIST, "fashionmnist", 1, {"apply_decay": True}),
+    ("MNIST", MNIST, "mnist", 4, False),
+    ("Fashion-MNIST", FashionMNIST, "fashionmnist", 1, True),
 ]
-for name, dataset, folder, epochs, phase in phases:
-    optimizer.param_groups[0].update(phase)
+for name, dataset, folder, epochs, apply_scaling in phases:
     images, labels = (tensor[: options.samples] for tensor in load(dataset, folder, True))
     for _epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(32):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
+            optimizer.step(apply_scaling=apply_scaling)
     first, second = map(accuracy, tests)
     print(f"MNIST {first:4.1f} %, Fashion-MNIST {second:4.1f} % after {name}")
