@@ -363,7 +363,7 @@ class OverlapMetric(_Share):
     kind = "Overlap"
     kept = "accumulator"
 
-    def __init__(self, at: str = "experience", per_layer: bool = False) -> None:
+    def __init__(self, at: str, per_layer: bool = False) -> None:
         super().__init__(at, per_layer)
         self._used: dict[str, Tensor] = {}
 
@@ -446,7 +446,7 @@ def classp_metrics(
                 FreeMetric(at, per_layer, free_share),
             ]
     if experience:
-        metrics += [MovementMetric(per_layer=per_layer), OverlapMetric(per_layer=per_layer)]
+        metrics += [MovementMetric("experience", per_layer), OverlapMetric("experience", per_layer)]
     return metrics
 
 
