@@ -30,10 +30,8 @@ from avalanche_classp.checkpoint.encoding import (
     InitialState,
     class_name,
     classes_of,
-    find_method,
     is_named,
     key_path,
-    numpy_bit_generator,
 )
 from avalanche_classp.checkpoint.file import CheckpointError
 
@@ -105,6 +103,7 @@ class _Decoder:
         self._keep = keep
         self._dry = dry
         self._made: dict[int, Any] = {}
+        self._taken: dict[int, Any] = {}
         self._makers: dict[str, Callable[[Any, Any, str], Any]] = {
             **dict.fromkeys(SEQUENCES, self._sequence),
             "list": self._list,
@@ -137,6 +136,8 @@ class _Decoder:
             return record
         if id(record) not in self._made:
             if isinstance(record, Tensor):
+                if isinstance(record, nn.Parameter):
+                    twin = self._untaken(twin)
                 made = record if self._dry else _tensor(record, twin, self._strategy.device)
             else:
                 # Lists, mappings and objects note what they make before they fill it: they may
@@ -150,11 +151,18 @@ class _Decoder:
         found = self._initial.at(record.get("path"))
         return twin if found is None else found
 
+    def _untaken(self, twin: Any) -> Any:
+        """Return a twin, but only once: what was one thing at first may be two."""
+        if id(twin) in self._taken:
+            return None
+        self._taken[id(twin)] = twin
+        return twin
+
     # --- containers -------------------------------------------------------------------------------
 
     def _list(self, record: Any, twin: Any, where: str) -> Any:
-        in_place = type(twin) is list and not self._dry
-        made = self._made[id(record)] = twin if in_place else []
+        own = self._untaken(twin)
+        made = self._made[id(record)] = own if type(own) is list and not self._dry else []
         made[:] = self._items(record["items"], twin, where)
         return made
 
@@ -177,7 +185,8 @@ class _Decoder:
     def _mapping(self, record: Any, twin: Any, where: str) -> Any:
         of: Any = MAPPINGS[record["of"]]
         twins = twin if type(twin) is of else {}
-        made: Any = twin if type(twin) is of and not self._dry else of()
+        own = self._untaken(twin)
+        made: Any = own if type(own) is of and not self._dry else of()
         self._made[id(record)] = made
         factory = None
         if of is collections.defaultdict:
@@ -258,7 +267,8 @@ class _Decoder:
 
     def _method(self, record: Any, twin: Any, where: str) -> Any:
         owner = self.value(record["self"], getattr(twin, "__self__", None), f"{where}.__self__")
-        function = find_method(owner, record["name"])
+        classes = [vars(of) for of in type(owner).__mro__ if record["name"] in vars(of)]
+        function = classes[0][record["name"]] if classes else None
         if not isinstance(function, types.FunctionType):
             raise self._misfit(where, record["name"], twin)
         return types.MethodType(function, owner)
@@ -273,6 +283,8 @@ class _Decoder:
     # --- objects ----------------------------------------------------------------------------------
 
     def _object(self, record: Any, twin: Any, where: str) -> Any:
+        if record.get("path") is None and self._initial.path_of(twin) is not None:
+            twin = None  # the script's object is another one's
         twin = self._script_object(record, twin)
         if type(twin) in ATOMS or not is_named(type(twin), record["class"]):
             if type(twin) not in ATOMS and record.get("path") is not None:
@@ -344,8 +356,10 @@ class _Decoder:
             twin.set_state(state.cpu())
         elif isinstance(twin, random.Random):
             twin.setstate(state)
+        elif isinstance(twin, np.random.RandomState):
+            twin.set_state(state)
         else:
-            numpy_bit_generator(twin).state = state
+            twin.bit_generator.state = state
         return twin
 
     def _misfit(self, where: str, name: str, twin: Any = None) -> CheckpointError:

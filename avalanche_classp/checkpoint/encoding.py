@@ -102,11 +102,14 @@ VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], tuple[Any, ...
 }
 """Values by the name of their class: the class, what makes them, and from which arguments."""
 
+INITIAL_STATES = "_initial_states_of_checkpoints"
+"""The attribute of a strategy with its initial state for each folder of checkpoints."""
+
 _SAVED_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
     (nn.Module, {n for n in vars(nn.Module()) if n.startswith("_")} - _SAVED_OF_MODULES),  # hooks
     (EvaluationPlugin, {"loggers"}),
-    (BaseSGDTemplate, OF_THE_EXPERIENCE | {"device"}),
+    (BaseSGDTemplate, OF_THE_EXPERIENCE | {"device", INITIAL_STATES}),
 )
 
 _LONGEST_SETTING = 100
@@ -127,8 +130,9 @@ def is_named(of: type, name: str) -> bool:
 
 def key_path(where: str, key: Any, i: int) -> str:
     """Return the path of a mapping's value; the repr of an object says little, and changes."""
-    named = type(key) in ATOMS or isinstance(key, enum.Enum)
-    return f"{where}[{key!r}]" if type(key) in ATOMS else f"{where}[{key if named else f'key {i}'}]"
+    if type(key) in ATOMS:
+        return f"{where}[{key!r}]"
+    return f"{where}[{key}]" if isinstance(key, enum.Enum) else f"{where}[key {i}]"
 
 
 def has_state_dict(of: type) -> bool:
@@ -153,12 +157,6 @@ def _is_numeric(value: Any) -> bool:
         return False
     extended = (np.dtype(np.longdouble), np.dtype(np.clongdouble))
     return value.dtype.kind in "biufc" and value.dtype not in extended
-
-
-def numpy_bit_generator(generator: Any) -> Any:
-    """Return what holds the state of one of NumPy's two kinds of generators."""
-    is_new = isinstance(generator, np.random.Generator)
-    return generator.bit_generator if is_new else generator._bit_generator
 
 
 def same_code(a: Any, b: Any) -> bool:
@@ -377,10 +375,10 @@ class _Encoder:
         if of is functools.partial:
             parts = _parts(value)
             return {"kind": "partial", "parts": self._items(parts, where, _parts(twin))}
-        if isinstance(value, types.MethodType) and find_method(value) is value.__func__:
+        if isinstance(value, types.MethodType) and (name := _method_name(value)):
             of_twin = getattr(twin, "__self__", None)  # its object may be nowhere else
             owner = self.value(value.__self__, f"{where}.__self__", of_twin)
-            return {"kind": "method", "name": value.__func__.__name__, "self": owner}
+            return {"kind": "method", "name": name, "self": owner}
         if isinstance(value, NotSaved):
             return {"kind": "not saved"}
         if isinstance(value, _KEPT_FROM_SCRIPT):
@@ -477,13 +475,15 @@ class _Encoder:
             twin = ParamData("", (0,)) if of is ParamData else None
         if isinstance(value, torch.Generator):
             return {**record, "kind": "generator", "state": value.get_state()}
-        if isinstance(value, random.Random):
+        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
+            if isinstance(value, random.Random):
+                state: Any = value.getstate()
+            elif isinstance(value, np.random.Generator):
+                state = value.bit_generator.state
+            else:
+                state = value.get_state(legacy=False)
             with self._no_settings():
-                return {**record, "kind": "generator", "state": self.value(value.getstate(), where)}
-        if isinstance(value, np.random.Generator | np.random.RandomState):
-            with self._no_settings():
-                state = self.value(numpy_bit_generator(value).state, where)
-            return {**record, "kind": "generator", "state": state}
+                return {**record, "kind": "generator", "state": self.value(state, where)}
         if isinstance(value, Optimizer):
             with self._no_settings():
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]
@@ -555,11 +555,13 @@ class _Encoder:
         raise CheckpointError(f"{where} {why}")
 
 
-def find_method(value: Any, name: str | None = None) -> Any:
-    """Return the function of this name, or of a method's name, in the class of an object."""
-    owner = value if name is not None else value.__self__
-    name = name or value.__func__.__name__
-    return next((vars(of)[name] for of in type(owner).__mro__ if name in vars(of)), None)
+def _method_name(method: types.MethodType) -> str | None:
+    """Return the name of a method in its object's class, or None if it is none of the class."""
+    for of in type(method.__self__).__mro__:
+        for name, function in vars(of).items():
+            if function is method.__func__:
+                return name
+    return None
 
 
 def _parts(partial: Any) -> tuple[Any, ...]:

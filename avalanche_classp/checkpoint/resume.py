@@ -26,6 +26,7 @@ from avalanche_classp.checkpoint.decoding import (
     decode_random_state,
 )
 from avalanche_classp.checkpoint.encoding import (
+    INITIAL_STATES,
     InitialState,
     NotSaved,
     encode,
@@ -46,9 +47,6 @@ __all__ = ["CheckpointError", "checkpointed", "mend_save_checkpoint"]
 
 _SUFFIX = ".checkpoint"
 _ON_CHANGE = ("refuse", "script", "checkpoint")
-_INITIAL_STATE = "_initial_state_for_checkpoints"
-"""The attribute of a strategy by which it is known after it has trained, too."""
-
 _PATTERN = 8 * "[0-9]" + _SUFFIX
 
 
@@ -195,10 +193,10 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         strategy.plugins = [*plugins, self]
         content, problems = self._newest(self._files(), strategy)
         # A strategy at hand that has trained is no longer what the script built.
-        self.initial = vars(strategy).get(_INITIAL_STATE)
+        known = vars(strategy).setdefault(INITIAL_STATES, {})
+        self.initial = known.get(self.folder.resolve())
         if content is None or self.initial is None:
-            self.initial = InitialState(strategy, stream)
-            setattr(strategy, _INITIAL_STATE, self.initial)
+            self.initial = known[self.folder.resolve()] = InitialState(strategy, stream)
         self.settings = {path: value for path, (value, _) in self.initial.settings.items()}
         if content is None:
             buffer = io.BytesIO()

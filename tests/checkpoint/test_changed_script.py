@@ -273,6 +273,30 @@ def test_a_stream_of_another_length_is_refused(tmp_path):
     assert run(sgd(), tmp_path, stream=STREAM[:2], on_change="script").clock.train_exp_counter == 2
 
 
+def test_two_streams_with_a_folder_each(tmp_path):
+    def make():
+        model = growing_head()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        plugins = [LRSchedulerPlugin(scheduler, reset_scheduler=False, reset_lr=False)]
+        return build(Naive, model, optimizer=optimizer, plugins=plugins)
+
+    def both(folder, stop=None):
+        strategy = make()
+        stopper = Stopper()
+        strategy.plugins.append(stopper)
+        stopper.left = float("inf") if stop is None else stop
+        seed_everything(0)
+        for name, stream in (("a", STREAM[:2]), ("b", STREAM)):
+            for experience in checkpointed(stream, strategy, folder / name):
+                strategy.train(experience)
+        return weights(strategy.model)
+
+    with pytest.raises(StoppedError):
+        both(tmp_path / "stopped", stop=10)
+    assert same(both(tmp_path / "stopped"), both(tmp_path / "whole"))
+
+
 def test_times_and_names_are_no_reason_to_refuse(tmp_path):
     stopped(sgd(plugins=[Stamped("a")]), tmp_path)
     plugin = Stamped("b")

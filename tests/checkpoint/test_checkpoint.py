@@ -622,6 +622,28 @@ def test_the_part_that_does_not_fit_is_named(folder, tiny):
         checkpointed(tiny.train_stream, strategy, folder)
 
 
+@parametrize(
+    "record",
+    [
+        {"kind": "script", "class": "builtins:builtin_function_or_method", "path": "os.system"},
+        {"kind": "enum", "class": "os:system", "member": "x"},
+        {"kind": "enum", "class": "enum:Enum", "member": "system"},
+        {"kind": "enum", "class": "antigravity:X", "member": "x"},
+        {"kind": "namedtuple", "class": "subprocess:Popen", "items": ["true"]},
+        {"kind": "method", "name": "__class__", "self": {"kind": "list", "items": []}},
+        {"kind": "state_dict", "class": "os:system", "path": None, "state": {}},
+        {"kind": "torch", "name": "os"},
+    ],
+)
+def test_a_file_cannot_name_code_that_is_not_the_scripts(record):
+    strategy = naive(linear_head())
+    content = encode(strategy)
+    content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
+    with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
+        decode(naive(linear_head()), content)
+    assert "antigravity" not in sys.modules
+
+
 # --- loggers --------------------------------------------------------------------------------------
 
 

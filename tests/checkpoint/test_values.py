@@ -334,6 +334,70 @@ def test_two_objects_that_have_changed_places(tmp_path):
     assert resumed.a is b and resumed.b is a
 
 
+def test_a_module_that_another_took_the_place_of(tmp_path):
+    class Keeping(Holder):
+        def __init__(self):
+            super().__init__(0, 0)
+            self.current, self.old = nn.Linear(1, 1), None
+
+        def after_training_exp(self, strategy, **kwargs):
+            self.old, self.current = self.current, nn.Linear(1, 1)
+
+    whole = Keeping()
+    train(whole, tmp_path / "whole")
+    for stop in (4, 4):
+        with pytest.raises(StoppedError):
+            train(Keeping(), tmp_path / "stopped", stop=stop)
+    resumed = Keeping()
+    train(resumed, tmp_path / "stopped")
+    assert resumed.old is not resumed.current
+    for name in ("old", "current"):
+        assert same(getattr(resumed, name).state_dict(), getattr(whole, name).state_dict())
+
+
+def test_what_was_one_at_first_can_be_two(tmp_path):
+    class Parting(Holder):
+        def __init__(self):
+            super().__init__(0, 0)
+            self.a = self.b = [0]
+            self.c = self.d = {0: 0}
+            self.layer, self.tied = nn.Linear(1, 1), nn.Linear(1, 1)
+            self.tied.weight = self.layer.weight
+
+        def after_training_exp(self, strategy, **kwargs):
+            self.b, self.d = [1], {1: 1}
+            self.tied.weight = nn.Parameter(self.layer.weight.detach() + 1)
+
+    with pytest.raises(StoppedError):
+        train(Parting(), tmp_path, stop=4)
+    resumed = Parting()
+    train(resumed, tmp_path, stop=6)
+    assert (resumed.a, resumed.b, resumed.c, resumed.d) == ([0], [1], {0: 0}, {1: 1})
+    assert torch.equal(resumed.tied.weight, resumed.layer.weight + 1)
+
+
+def test_a_method_whose_name_is_mangled(tmp_path):
+    class Private(Holder):
+        def __init__(self):
+            super().__init__(0, 0)
+            self.step = self.__one
+
+        def __one(self):
+            return 1
+
+        def __two(self):
+            return 2
+
+        def after_training_exp(self, strategy, **kwargs):
+            self.step = self.__two
+
+    with pytest.raises(StoppedError):
+        train(Private(), tmp_path, stop=4)
+    resumed = Private()
+    train(resumed, tmp_path)
+    assert resumed.step() == 2
+
+
 def test_an_object_made_anew_by_the_plugin(tmp_path):
     class Renewing(Holder):
         def __init__(self):
@@ -636,7 +700,7 @@ def test_numpys_older_generator_goes_on(tmp_path):
             self.old, self.python = np.random.RandomState(1), random.Random(1)
 
         def before_training_epoch(self, strategy, **kwargs):
-            self.seen.append([self.old.rand(), self.python.random()])
+            self.seen.append([self.old.randn(), self.python.gauss(0, 1)])  # every second is kept
 
     whole = Drawing()
     train(whole, tmp_path / "whole")
