@@ -295,6 +295,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if self._begins:
             self._begins = False
             self._drop_histories_of_weights_made_anew(strategy)
+        optimizer = strategy.optimizer
+        if any(group["history"] == "inputs" for group in optimizer.param_groups):
+            optimizer.watch(strategy.model)  # anew: layers may have been replaced
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Count the experience, unless it is a part of one that goes on.

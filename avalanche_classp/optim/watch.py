@@ -64,7 +64,6 @@ class Watcher:
         """Look no longer."""
         self.handle.remove()
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Look at the arguments of a call."""
         # A copy of the model has this hook, too.
@@ -74,6 +73,9 @@ class Watcher:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             self.calls += 1
             self.observe(self.layer.weight, rows_of(module, args, self.calls), self.reduce)
+
+    # What torch.compiler.disable sets, whose import takes seconds.
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
         """Return itself: a copy of the model is not watched."""

@@ -288,6 +288,8 @@ def test_inputs_that_are_not_finite_are_not_remembered():
     assert optimizer.state[layer.weight]["moments"].isfinite().all()
 
 
+# Dynamo looks at the gradient of what it goes on with after the hook.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_is_watched():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     optimizer = watched(model)
@@ -337,3 +339,58 @@ def test_consolidation_multiplies_up_to_what_rounding_leaves():
 def test_layers_are_found_by_what_they_are():
     model = nn.Sequential(nn.Embedding(5, 3), nn.ConvTranspose2d(1, 1, 2), nn.Linear(3, 2))
     assert [layer.module for layer in find_layers(model)] == [model[2]]
+
+
+@pytest.fixture
+def avalanche_classp():
+    from avalanche_classp import CLASSP
+
+    return CLASSP
+
+
+@parametrize("model", ["linear_head", "growing_head", "many_heads"])
+def test_in_avalanche_it_needs_no_other_value(avalanche_classp, model):
+    import conftest
+
+    tasks = [0, 1, 2] if model == "many_heads" else None
+    benchmark = conftest.make_benchmark(tasks=tasks)
+    strategy = avalanche_classp(
+        model=getattr(conftest, model)(), history="inputs", train_mb_size=8, evaluator=None
+    )
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+        strategy.eval(benchmark.test_stream)
+    first = next(p for p in strategy.model.parameters() if p.dim() == 2)
+    state = strategy.optimizer.state[first]
+    assert state["step"] == 9 and state["moments"][0, 0] == 9  # 3 mini-batches an experience
+    heads = [
+        n for n, p in strategy.model.named_parameters() if "basis" in strategy.optimizer.state[p]
+    ]
+    assert len(heads) == sum(p.dim() == 2 for p in strategy.model.parameters())
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(avalanche_classp, tmp_path):
+    import conftest
+
+    from avalanche_classp import checkpointed
+
+    benchmark = conftest.make_benchmark()
+
+    def make():
+        model = conftest.growing_head()
+        return avalanche_classp(model=model, history="inputs", train_mb_size=8, evaluator=None)
+
+    whole, stopped = make(), make()
+    for experience in checkpointed(benchmark.train_stream, whole, tmp_path / "whole"):
+        conftest.seed_everything(1)
+        whole.train(experience)
+    for i, experience in enumerate(checkpointed(benchmark.train_stream, stopped, tmp_path / "b")):
+        if i == 2:
+            break
+        conftest.seed_everything(1)
+        stopped.train(experience)
+    again = make()
+    for experience in checkpointed(benchmark.train_stream, again, tmp_path / "b"):
+        conftest.seed_everything(1)
+        again.train(experience)
+    assert conftest.same(conftest.weights(whole.model), conftest.weights(again.model))
