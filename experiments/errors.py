@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -24,32 +25,14 @@ def print_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
-def print_interrupted() -> None:
-    """Say on standard error that Ctrl-C has lost nothing."""
-    print(
-        "interrupted: finished runs are saved, the same command goes on from there",
-        file=sys.stderr,
-    )
+def print_interrupted(resumable: bool) -> None:
+    """Say on standard error that Ctrl-C ended it, and that it has lost nothing if it has not."""
+    rest = ": finished runs are saved, the same command goes on from there" if resumable else ""
+    print(f"interrupted{rest}", file=sys.stderr)
 
 
-def exit_code(work: Callable[[], None], resumable: bool = True) -> int:
-    """Do a script's work and return 0, or 2 for what the user can put right, which is printed.
-
-    After Ctrl-C it is 130.
-
-    Args:
-        work: what to do.
-        resumable: whether the same command goes on after Ctrl-C, which is then said.
-    """
-    try:
-        work()
-    except UserError as error:
-        print_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        if resumable:
-            print_interrupted()
-        else:
-            print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question for the known names that are like this one, or the list of them all."""
+    names = list(known)
+    near = get_close_matches(name, names)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"

@@ -24,6 +24,12 @@ def small_config(method="classp", scenario="class", benchmark="split-digits", **
     return RunConfig(benchmark=benchmark, scenario=scenario, method=method, **(usual | fields))
 
 
+def in_this_process(function, tasks, jobs=None):
+    """Do what :func:`experiments.running.processes.in_processes` does, one task after the other."""
+    for number, task in enumerate(tasks):
+        yield number, function(*task, lambda message: None)
+
+
 def without_times(result):
     """Return what two runs of one config must have in common."""
     return {k: v for k, v in result.items() if "seconds" not in k and "peak" not in k}

@@ -4,6 +4,9 @@ The scenarios are those of van de Ven and Tolias, "Three scenarios for continual
 https://arxiv.org/abs/1904.07734: *task* has a head for each experience and tells the model which
 to use; *domain* shares one head, labels start from zero in each experience; *class* has one head
 for all classes.
+
+Nothing here imports torch or Avalanche before a benchmark is made, so that names are checked at
+once.
 """
 
 from __future__ import annotations
@@ -15,30 +18,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from avalanche.benchmarks import (
-    CLScenario,
-    benchmark_from_datasets,
-    nc_benchmark,
-    with_classes_timeline,
-    with_task_labels,
-)
-from avalanche.benchmarks.classic import (
-    PermutedMNIST,
-    SplitCIFAR10,
-    SplitCIFAR100,
-    SplitFMNIST,
-    SplitMNIST,
-)
-from avalanche.benchmarks.datasets import default_dataset_location
-from torch.utils.data import TensorDataset
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError, one_line
 from experiments.protocol.config import Hyper
 from experiments.protocol.models import Shape
+
+if TYPE_CHECKING:
+    from avalanche.benchmarks import CLScenario
 
 SCENARIOS = {
     "task": "a head for each experience, the task label says which",
@@ -189,6 +176,8 @@ def _with_validation_as_test(
     With ``same_images`` all experiences hold out the same places: an image that is held out in
     one is not trained on, differently permuted, in another.
     """
+    import numpy as np
+
     rng = np.random.default_rng(0)  # the same part for every method and seed
     train, test = [], []
     for experience in benchmark.train_stream:
@@ -208,6 +197,12 @@ def _with_validation_as_test(
 
 
 def _benchmark_of(train: Sequence[Any], test: Sequence[Any]) -> CLScenario:
+    from avalanche.benchmarks import (
+        benchmark_from_datasets,
+        with_classes_timeline,
+        with_task_labels,
+    )
+
     made = with_task_labels(with_classes_timeline(benchmark_from_datasets(train=train, test=test)))
     for stream in (made.train_stream, made.test_stream):
         for experience in stream:
@@ -226,8 +221,11 @@ def _options(stream: Stream) -> dict[str, Any]:
 
 
 def _split_digits(stream: Stream) -> CLScenario:
+    import torch
+    from avalanche.benchmarks import nc_benchmark
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+    from torch.utils.data import TensorDataset
 
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 8 - 1, dtype=torch.float32)  # grey values 0 to 16
@@ -237,10 +235,13 @@ def _split_digits(stream: Stream) -> CLScenario:
     return nc_benchmark(train, test, task_labels=stream.scenario == "task", **_options(stream))
 
 
-def _split(make: Callable[..., CLScenario], dataset: str, folder: str) -> Any:
-    """Return a loader that splits a dataset by one of Avalanche's makers of benchmarks."""
+def _split(maker: str, dataset: str, folder: str) -> Callable[[Stream], CLScenario]:
+    """Return a loader that splits a dataset by Avalanche's maker of benchmarks with this name."""
 
     def load(stream: Stream) -> CLScenario:
+        from avalanche.benchmarks import classic
+
+        make = getattr(classic, maker)
         root = _dataset_folder(stream.data_root, folder)
         options = _options(stream) | {"return_task_id": stream.scenario == "task"}
         return _loaded(dataset, root, lambda: make(dataset_root=root, **options))
@@ -249,6 +250,8 @@ def _split(make: Callable[..., CLScenario], dataset: str, folder: str) -> Any:
 
 
 def _permuted_mnist(stream: Stream) -> CLScenario:
+    from avalanche.benchmarks.classic import PermutedMNIST
+
     root = _dataset_folder(stream.data_root, "mnist")
     return _loaded(
         "MNIST",
@@ -267,6 +270,8 @@ def _mnist_fmnist(stream: Stream) -> CLScenario:
 
 
 def _dataset_folder(data_root: Path | None, name: str) -> Path:
+    from avalanche.benchmarks.datasets import default_dataset_location
+
     return Path(default_dataset_location(name)) if data_root is None else data_root / name
 
 
@@ -329,7 +334,7 @@ BENCHMARKS = {
         shape=(1, 28, 28),
         model="mlp-400",
         batch_size=128,
-        load=_split(SplitMNIST, "MNIST", "mnist"),
+        load=_split("SplitMNIST", "MNIST", "mnist"),
     ),
     "permuted-mnist": Benchmark(
         description="MNIST 10 times (--experiences N), the pixels permuted anew each time",
@@ -349,14 +354,14 @@ BENCHMARKS = {
         shape=(1, 28, 28),
         model="mlp-400",
         batch_size=128,
-        load=_split(SplitFMNIST, "Fashion-MNIST", "fashionmnist"),
+        load=_split("SplitFMNIST", "Fashion-MNIST", "fashionmnist"),
     ),
     "split-cifar10": _ten_classes(
         description="CIFAR-10 in 5 × 2 classes",
         shape=(3, 32, 32),
         model="cnn",
         batch_size=64,
-        load=_split(SplitCIFAR10, "CIFAR-10", "cifar10"),
+        load=_split("SplitCIFAR10", "CIFAR-10", "cifar10"),
     ),
     "split-cifar100": Benchmark(
         description="CIFAR-100 in 10 × 10 classes",
@@ -366,7 +371,7 @@ BENCHMARKS = {
         shape=(3, 32, 32),
         model="cnn",
         batch_size=64,
-        load=_split(SplitCIFAR100, "CIFAR-100", "cifar100"),
+        load=_split("SplitCIFAR100", "CIFAR-100", "cifar100"),
     ),
     "mnist-fmnist": Benchmark(
         description="MNIST, then Fashion-MNIST, one head: the paper's vision experiment",

@@ -1,28 +1,39 @@
-"""The methods: Avalanche's strategies and CLASSP, each with its hyper-parameters."""
+"""The methods: one entry each, of all that the experiments know about it.
+
+Nothing here imports torch or Avalanche before a strategy is built, so that names are checked at
+once.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from avalanche.training import EWC, Naive
-from torch import nn
-
-from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer, CLASSPPlugin
-from experiments.protocol.avalanche_fixes import (
-    FixedJointTraining,
-    FixedLwFPlugin,
-    FixedMASPlugin,
-    FixedReplayPlugin,
-    FixedRWalkPlugin,
-    FixedSIPlugin,
-)
 from experiments.protocol.config import Hyper, RunConfig
 
-Build = Callable[[nn.Module, Hyper, dict[str, Any]], Any]
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+    from torch import nn
+
+Build = Callable[["nn.Module", Hyper, dict[str, Any]], Any]
+Space = Callable[["BaseTrial"], dict[str, Any]]
+
+
+class Style(NamedTuple):
+    """How a method's lines and points look, the same in all figures.
+
+    The colours were chosen by computation: under the common kinds of colour blindness as well
+    (Machado et al. 2009, full severity) any two of the first twelve methods are at least 21 apart
+    in CIELAB. Of the extensions classp-matrix is 14 from replay and 19 from the others,
+    classp-consolidated 20 from all. The markers tell the twelve apart without colour.
+    """
+
+    colour: str
+    marker: str
+
+
+_OTHER_STYLE = Style("#737765", "d")
 
 
 @dataclass(frozen=True)
@@ -33,21 +44,32 @@ class Method:
         description: one line.
         defaults: its hyper-parameters with the values used where nothing was searched.
         build: makes the strategy from a model, hyper-parameters and Avalanche's common arguments.
+        space: suggests hyper-parameters to a search; those it leaves out keep their defaults.
+        style: its look in figures.
         usual: it is compared where no methods are named.
     """
 
     description: str
     defaults: Hyper
     build: Build
+    space: Space
+    style: Style = _OTHER_STYLE
     usual: bool = True
 
 
+# Building
+
+
 def _on_sgd(model: nn.Module, hyper: Hyper, common: dict[str, Any], *plugins: Any) -> Any:
-    return Naive(model=model, optimizer=_sgd(model, hyper["lr"]), plugins=list(plugins), **common)
+    from avalanche.training import Naive
+
+    return Naive(model=model, optimizer=_sgd(model, hyper), plugins=list(plugins), **common)
 
 
-def _sgd(model: nn.Module, lr: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=lr)
+def _sgd(model: nn.Module, hyper: Hyper) -> Any:
+    from torch.optim import SGD
+
+    return SGD(model.parameters(), lr=float(hyper["lr"]))
 
 
 def _require(holds: bool, name: str, value: Any, condition: str) -> None:
@@ -57,17 +79,20 @@ def _require(holds: bool, name: str, value: Any, condition: str) -> None:
 
 
 def _adagrad(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=float(hyper["lr"]))
+    from avalanche.training import Naive
+    from torch.optim import Adagrad
+
+    optimizer = Adagrad(model.parameters(), lr=float(hyper["lr"]))
     return Naive(model=model, optimizer=optimizer, **common)
 
 
 def _adam(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=float(hyper["lr"]),
-        betas=(float(hyper["beta1"]), float(hyper["beta2"])),
-        eps=float(hyper["eps"]),
-    )
+    from avalanche.training import Naive
+    from torch.optim import Adam
+
+    betas = (float(hyper["beta1"]), float(hyper["beta2"]))
+    lr, eps = float(hyper["lr"]), float(hyper["eps"])
+    optimizer = Adam(model.parameters(), lr=lr, betas=betas, eps=eps)
     return Naive(model=model, optimizer=optimizer, **common)
 
 
@@ -90,41 +115,34 @@ def _adam(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _ewc(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    return EWC(
-        model=model,
-        optimizer=_sgd(model, hyper["lr"]),
-        ewc_lambda=hyper["ewc_lambda"],
-        mode="separate",
-        **common,
-    )
+    from avalanche.training import EWC
 
-
-def _ewc_online(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    decay_factor = hyper["decay_factor"]
-    _require(decay_factor <= 1, "decay_factor", decay_factor, "from 0 to 1")
-    return EWC(
-        model=model,
-        optimizer=_sgd(model, hyper["lr"]),
-        ewc_lambda=hyper["ewc_lambda"],
-        mode="online",
-        decay_factor=decay_factor,
-        **common,
-    )
+    own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "lr"}
+    decay = own.get("decay_factor", 0)
+    _require(decay <= 1, "decay_factor", decay, "from 0 to 1")
+    mode = "online" if "decay_factor" in own else "separate"
+    return EWC(model=model, optimizer=_sgd(model, hyper), mode=mode, **own, **common)
 
 
 def _si(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.avalanche_fixes import FixedSIPlugin
+
     _require(hyper["eps"] > 0, "eps", hyper["eps"], "greater than 0")
     plugin = FixedSIPlugin(si_lambda=hyper["si_lambda"], eps=hyper["eps"])
     return _on_sgd(model, hyper, common, plugin)
 
 
 def _mas(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.avalanche_fixes import FixedMASPlugin
+
     _require(hyper["alpha"] <= 1, "alpha", hyper["alpha"], "from 0 to 1")
     plugin = FixedMASPlugin(lambda_reg=hyper["lambda_reg"], alpha=hyper["alpha"])
     return _on_sgd(model, hyper, common, plugin)
 
 
 def _lwf(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.avalanche_fixes import FixedLwFPlugin
+
     temperature = hyper["temperature"]
     _require(temperature > 0, "temperature", temperature, "greater than 0")
     plugin = FixedLwFPlugin(alpha=hyper["alpha"], temperature=temperature)
@@ -132,6 +150,8 @@ def _lwf(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _rwalk(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.avalanche_fixes import FixedRWalkPlugin
+
     _require(hyper["ewc_alpha"] <= 1, "ewc_alpha", hyper["ewc_alpha"], "from 0 to 1")
     _require(hyper["delta_t"] >= 1, "delta_t", hyper["delta_t"], "at least 1")
     own: dict[str, Any] = {key: hyper[key] for key in ("ewc_lambda", "ewc_alpha", "delta_t")}
@@ -139,120 +159,372 @@ def _rwalk(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _replay(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.avalanche_fixes import FixedReplayPlugin
+
     return _on_sgd(model, hyper, common, FixedReplayPlugin(mem_size=hyper["mem_size"]))
 
 
 def _joint(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    return FixedJointTraining(model=model, optimizer=_sgd(model, hyper["lr"]), **common)
+    from experiments.protocol.avalanche_fixes import FixedJointTraining
+
+    return FixedJointTraining(model=model, optimizer=_sgd(model, hyper), **common)
 
 
 def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from avalanche_classp import CLASSP, PAPER_PHASES
+
     own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "paper_phases"}
     phases = PAPER_PHASES if hyper.get("paper_phases") else None
-    return CLASSP(model=model, phases=phases, **own, **common)
+    history = "gradients" if "rank" in own else "weights"
+    return CLASSP(model=model, phases=phases, history=history, **own, **common)
 
 
-def _with_matrices(method: str, description: str) -> Method:
-    """Return a method with CLASSP's matrix accumulators in the place of plain SGD."""
-    ours, theirs = METHODS["classp-matrix"].defaults, METHODS[method].defaults
+def _closed_form(head: Callable[[Hyper], Any]) -> Build:
+    """Return a builder of a method that solves a head on features that never change."""
 
     def build(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-        strategy = METHODS[method].build(model, {key: hyper[key] for key in theirs}, common)
-        own: dict[str, Any] = {key: hyper[key] for key in ours}
-        strategy.plugins.append(CLASSPPlugin(**own))
-        return strategy
+        from experiments.protocol.closed_form import ClosedForm
+        from experiments.protocol.models import sizes_of
 
-    return Method(description, {**theirs, **ours}, build, usual=False)
+        inputs, labels, by_task = sizes_of(model)
+        width = int(hyper.get("width", 0))
+        return ClosedForm(
+            make=head(hyper), width=width, inputs=inputs, labels=labels, by_task=by_task, **common
+        )
 
+    return build
+
+
+def _class_means(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import ClassMeans
+
+    return ClassMeans
+
+
+def _lda(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import StreamingLDA
+
+    return lambda features, labels: StreamingLDA(features, labels, hyper["shrinkage"])
+
+
+def _ridge(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import Ridge
+
+    return lambda features, labels: Ridge(features, labels, hyper["penalty"])
+
+
+def _owm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.projections import OWMPlugin
+
+    _require(hyper["alpha"] > 0, "alpha", hyper["alpha"], "greater than 0")
+    return _on_sgd(model, hyper, common, OWMPlugin(alpha=float(hyper["alpha"])))
+
+
+def _gpm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.projections import GPMPlugin
+
+    _require(0 < hyper["share"] < 1, "share", hyper["share"], "between 0 and 1")
+    return _on_sgd(model, hyper, common, GPMPlugin(threshold=float(hyper["share"])))
+
+
+# Search spaces. Learning rates reach down to where a method hardly moves, because slow learning
+# alone forgets less; Adam moves every weight by about lr in each step, so its lr goes lower than
+# the others'. A penalty's weight spans ten orders of magnitude, because Avalanche's importances
+# depend on the batch size and the number of steps; distillation's spans four, around the weight of
+# the loss itself. CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The size of
+# the replay buffer is not searched: more is better; nor is the rank, for the same reason. With
+# matrix accumulators lr follows from the rate in directions that are still free,
+# lr / epsilon^(1/power), which is SGD's and has SGD's limits. With consolidation the rate goes to
+# 3: what was learnt is protected by the factor, and trials with the other space had their best
+# rates at its end. Closed forms have a penalty or a shrinkage; the width of a random layer is not
+# searched: more is better.
+
+
+def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
+    return trial.suggest_float(name, low, high, log=True)
+
+
+def _flag(trial: BaseTrial, name: str) -> bool:
+    return trial.suggest_categorical(name, [False, True])
+
+
+def _both(first: Space, second: Space) -> Space:
+    return lambda trial: {**first(trial), **second(trial)}
+
+
+def _rate(low: float, high: float) -> Space:
+    return lambda trial: {"lr": _log(trial, "lr", low, high)}
+
+
+def _ewc_space(trial: BaseTrial) -> dict[str, Any]:
+    return {"ewc_lambda": _log(trial, "ewc_lambda", 1e-3, 1e7)}
+
+
+def _si_space(trial: BaseTrial) -> dict[str, Any]:
+    return {
+        "si_lambda": _log(trial, "si_lambda", 1e-3, 1e7),
+        "eps": _log(trial, "eps", 1e-4, 1.0),
+    }
+
+
+def _mas_space(trial: BaseTrial) -> dict[str, Any]:
+    return {
+        "lambda_reg": _log(trial, "lambda_reg", 1e-5, 1e5),
+        "alpha": trial.suggest_float("alpha", 0.0, 1.0),
+    }
+
+
+def _lwf_space(trial: BaseTrial) -> dict[str, Any]:
+    return {
+        "alpha": _log(trial, "alpha", 1e-2, 1e2),
+        "temperature": trial.suggest_float("temperature", 1.0, 4.0),
+    }
+
+
+def _rwalk_space(trial: BaseTrial) -> dict[str, Any]:
+    return {
+        "ewc_lambda": _log(trial, "ewc_lambda", 1e-5, 1e5),
+        "ewc_alpha": trial.suggest_float("ewc_alpha", 0.1, 1.0),
+        "delta_t": trial.suggest_int("delta_t", 1, 100, log=True),
+    }
+
+
+def rule_space(trial: BaseTrial) -> dict[str, Any]:
+    """Suggest the hyper-parameters of the paper's rule."""
+    return {
+        "lr": _log(trial, "lr", 1e-4, 0.3),
+        "threshold": _log(trial, "threshold", 1e-8, 1e-3) if _flag(trial, "sparse") else 0.0,
+        "epsilon": _log(trial, "epsilon", 1e-12, 5.0),
+        "power": trial.suggest_float("power", 0.5, 3.0),
+    }
+
+
+_Limits = tuple[float, float]
+
+
+def _matrix_rule(
+    trial: BaseTrial, free_rate: _Limits, epsilon: _Limits, power: _Limits
+) -> dict[str, float]:
+    rate, eps = _log(trial, "free_rate", *free_rate), _log(trial, "epsilon", *epsilon)
+    exponent = trial.suggest_float("power", *power)
+    return {"lr": rate * eps ** (1 / exponent), "epsilon": eps, "power": exponent}
+
+
+def _matrix_space(trial: BaseTrial) -> dict[str, Any]:
+    rule = _matrix_rule(trial, free_rate=(0.01, 1.0), epsilon=(1e-4, 5.0), power=(0.5, 2.5))
+    return {**rule, "both_sides": _flag(trial, "both_sides")}
+
+
+def _consolidated_space(trial: BaseTrial) -> dict[str, Any]:
+    rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
+    return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
+
+
+_sgd_space = _rate(1e-5, 1.0)
+
+_MATRIX = {
+    "lr": 0.02,
+    "threshold": 0.0,
+    "epsilon": 0.02,
+    "power": 1.5,
+    "rank": 128,
+    "both_sides": False,
+}
 
 METHODS = {
-    "naive": Method("plain SGD, one experience after the other", {"lr": 0.01}, _on_sgd),
+    "naive": Method(
+        description="plain SGD, one experience after the other",
+        defaults={"lr": 0.01},
+        build=_on_sgd,
+        space=_sgd_space,
+        style=Style("#a8a0b7", "o"),
+    ),
     "adagrad": Method(
-        "plain AdaGrad, its sums kept from experience to experience", {"lr": 0.001}, _adagrad
+        description="plain AdaGrad, its sums kept from experience to experience",
+        defaults={"lr": 0.001},
+        build=_adagrad,
+        space=_rate(1e-5, 0.3),
+        style=Style("#69599d", "s"),
     ),
     "adam": Method(
-        "plain Adam, its moments kept from experience to experience",
-        {"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-        _adam,
+        description="plain Adam, its moments kept from experience to experience",
+        defaults={"lr": 0.001, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+        build=_adam,
+        space=_rate(1e-7, 0.1),
+        style=Style("#33a6f8", "D"),
     ),
     "ewc": Method(
-        "elastic weight consolidation on SGD: a penalty for each experience",
-        {"lr": 0.01, "ewc_lambda": 100.0},
-        _ewc,
+        description="elastic weight consolidation on SGD: a penalty for each experience",
+        defaults={"lr": 0.01, "ewc_lambda": 100.0},
+        build=_ewc,
+        space=_both(_sgd_space, _ewc_space),
+        style=Style("#2009dd", "^"),
     ),
     "ewc-online": Method(
-        "online EWC on SGD: one penalty, old importances fade",
-        {"lr": 0.01, "ewc_lambda": 100.0, "decay_factor": 0.9},
-        _ewc_online,
+        description="online EWC on SGD: one penalty, old importances fade",
+        defaults={"lr": 0.01, "ewc_lambda": 100.0, "decay_factor": 0.9},
+        build=_ewc,
+        space=lambda trial: {
+            **_sgd_space(trial),
+            **_ewc_space(trial),
+            "decay_factor": trial.suggest_float("decay_factor", 0.5, 1.0),
+        },
+        style=Style("#5269fa", "v"),
     ),
     "si": Method(
-        "synaptic intelligence on SGD: importance is a weight's part in the fall of the loss",
-        {"lr": 0.01, "si_lambda": 1000.0, "eps": 0.1},
-        _si,
+        description="synaptic intelligence on SGD: importance is a weight's part in the fall of "
+        "the loss",
+        defaults={"lr": 0.01, "si_lambda": 1000.0, "eps": 0.1},
+        build=_si,
+        space=_both(_sgd_space, _si_space),
+        style=Style("#8e1404", "<"),
     ),
     "mas": Method(
-        "memory aware synapses on SGD: importance is what a weight does to the output",
-        {"lr": 0.01, "lambda_reg": 1.0, "alpha": 0.5},
-        _mas,
+        description="memory aware synapses on SGD: importance is what a weight does to the output",
+        defaults={"lr": 0.01, "lambda_reg": 1.0, "alpha": 0.5},
+        build=_mas,
+        space=_both(_sgd_space, _mas_space),
+        style=Style("#a8565c", ">"),
     ),
     "lwf": Method(
-        "learning without forgetting on SGD: the former model's answers on the new data are kept",
-        {"lr": 0.01, "alpha": 1.0, "temperature": 2.0},
-        _lwf,
+        description="learning without forgetting on SGD: the former model's answers on the new "
+        "data are kept",
+        defaults={"lr": 0.01, "alpha": 1.0, "temperature": 2.0},
+        build=_lwf,
+        space=_both(_sgd_space, _lwf_space),
+        style=Style("#370c7d", "p"),
     ),
     "rwalk": Method(
-        "Riemannian walk on SGD: importance is Fisher information plus a score along the path",
-        {"lr": 0.01, "ewc_lambda": 0.1, "ewc_alpha": 0.9, "delta_t": 10},
-        _rwalk,
+        description="Riemannian walk on SGD: importance is Fisher information plus a score along "
+        "the path",
+        defaults={"lr": 0.01, "ewc_lambda": 0.1, "ewc_alpha": 0.9, "delta_t": 10},
+        build=_rwalk,
+        space=_both(_sgd_space, _rwalk_space),
+        style=Style("#75024b", "h"),
     ),
     "replay": Method(
-        "SGD with stored samples in each mini-batch: a reference, the others store none",
-        {"lr": 0.01, "mem_size": 200},
-        _replay,
+        description="SGD with stored samples in each mini-batch: a reference, the others store "
+        "none",
+        defaults={"lr": 0.01, "mem_size": 200},
+        build=_replay,
+        space=_sgd_space,
+        style=Style("#cc9966", "P"),
     ),
     "joint": Method(
-        "SGD on all experiences at once: what forgetting costs the others", {"lr": 0.1}, _joint
+        description="SGD on all experiences at once: what forgetting costs the others",
+        defaults={"lr": 0.1},
+        build=_joint,
+        space=_sgd_space,
+        style=Style("#000000", "X"),
     ),
     "classp": Method(
-        "CLASSP",
-        {
-            **{
-                name: inspect.signature(CLASSPOptimizer).parameters[name].default
-                for name in ("lr", "threshold", "epsilon", "power", "apply_decay")
-            },
+        description="CLASSP",
+        # The library's; a test holds the two together.
+        defaults={
+            "lr": 1e-3,
+            "threshold": 0.0,
+            "epsilon": 1e-8,
+            "power": 1.5,
+            "apply_decay": True,
             "paper_phases": False,
         },
-        _classp,
+        build=_classp,
+        space=lambda trial: {**rule_space(trial), "paper_phases": _flag(trial, "paper_phases")},
+        style=Style("#d55e00", "*"),
     ),
     "classp-matrix": Method(
-        "CLASSP with matrix accumulators (rank above 0), an extension: a history for directions",
-        {
-            "lr": 0.02,
-            "threshold": 0.0,
-            "epsilon": 0.02,
-            "power": 1.5,
-            "rank": 128,
-            "both_sides": False,
+        description="CLASSP with matrix accumulators, an extension: a history for directions",
+        defaults=_MATRIX,
+        build=_classp,
+        space=_matrix_space,
+        style=Style("#e8a400", "*"),
+    ),
+    "classp-consolidated": Method(
+        description="classp-matrix whose accumulators are multiplied when an experience begins, an "
+        "extension",
+        defaults={**_MATRIX, "consolidation": 3.0},
+        build=_classp,
+        space=_consolidated_space,
+        style=Style("#4b281e", "*"),
+        usual=False,
+    ),
+    "class-means": Method(
+        description="closed form on raw inputs: the nearest class mean",
+        defaults={},
+        build=_closed_form(_class_means),
+        space=lambda trial: {},
+        usual=False,
+    ),
+    "slda": Method(
+        description="closed form on raw inputs: class means and one covariance, streaming LDA",
+        defaults={"shrinkage": 1e-4},
+        build=_closed_form(_lda),
+        space=lambda trial: {"shrinkage": _log(trial, "shrinkage", 1e-6, 0.5)},
+        usual=False,
+    ),
+    "ridge": Method(
+        description="closed form on a random ReLU layer: ridge regression, recursive least squares",
+        defaults={"penalty": 1.0, "width": 2000},
+        build=_closed_form(_ridge),
+        space=lambda trial: {"penalty": _log(trial, "penalty", 1e-2, 1e5)},
+        usual=False,
+    ),
+    "owm": Method(
+        description="orthogonal weights modification on SGD: gradients keep off earlier inputs",
+        defaults={"lr": 0.1, "alpha": 1.0},
+        build=_owm,
+        space=lambda trial: {**_sgd_space(trial), "alpha": _log(trial, "alpha", 1e-4, 100.0)},
+        usual=False,
+    ),
+    "gpm": Method(
+        description="gradient projection memory on SGD: a basis of earlier inputs is kept off",
+        defaults={"lr": 0.1, "share": 0.97},
+        build=_gpm,
+        space=lambda trial: {
+            **_sgd_space(trial),
+            "share": trial.suggest_float("share", 0.8, 0.999),
         },
-        _classp,
+        usual=False,
     ),
 }
 """All methods by name."""
 
-METHODS |= {
-    "classp-consolidated": Method(
-        "classp-matrix whose accumulators are multiplied when an experience begins, an extension",
-        {**METHODS["classp-matrix"].defaults, "consolidation": 3.0},
-        _classp,
+
+def _with_matrices(method: str, penalty: Space) -> Method:
+    """Return a method with CLASSP's matrix accumulators in the place of plain SGD."""
+    spec = METHODS[method]
+
+    def build(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+        from avalanche_classp import CLASSPPlugin
+
+        strategy = spec.build(model, {key: hyper[key] for key in spec.defaults}, common)
+        own: dict[str, Any] = {key: hyper[key] for key in _MATRIX}
+        strategy.plugins.append(CLASSPPlugin(history="gradients", **own))
+        return strategy
+
+    return Method(
+        description=f"{method} with matrix accumulators in SGD's place",
+        defaults={**spec.defaults, **_MATRIX},
+        build=build,
+        space=_both(penalty, _matrix_space),
         usual=False,
-    ),
-    **{
-        f"{method}-matrix": _with_matrices(
-            method, f"{method} with matrix accumulators in SGD's place"
-        )
-        for method in ("ewc", "si", "mas", "lwf")
-    },
+    )
+
+
+METHODS |= {
+    f"{method}-matrix": _with_matrices(method, penalty)
+    for method, penalty in (
+        ("ewc", _ewc_space),
+        ("si", _si_space),
+        ("mas", _mas_space),
+        ("lwf", _lwf_space),
+    )
 }
+
+
+def style_of(method: str) -> Style:
+    """Return the look of the method with this name, also of one that is not here."""
+    return METHODS[method].style if method in METHODS else _OTHER_STYLE
 
 
 def count_steps(config: RunConfig) -> int:

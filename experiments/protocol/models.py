@@ -1,16 +1,18 @@
-"""The models: the field's usual ones for the benchmarks, by name."""
+"""The models: the field's usual ones for the benchmarks, by name; torch waits until one is made."""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-
-from avalanche.models import SimpleCNN, SimpleMLP, as_multitask
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Shape = tuple[int, ...]
 """A sample's shape: (numbers,) or (channels, height, width)."""
@@ -52,21 +54,30 @@ def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Mod
             f"model {name!r} takes images of {channels} channels, and the benchmark's samples have "
             f"the shape {shape}; choose another --model"
         )
+    from avalanche.models import as_multitask
+
     made = model.make(shape, labels)
-    return as_multitask(made, model.classifier) if multi_head else made
+    made = as_multitask(made, model.classifier) if multi_head else made
+    made.sizes = (math.prod(shape), labels, multi_head)
+    return made
 
 
-class _CNN(nn.Module):
-    """Layers that end in a vector, and a linear classifier."""
+def sizes_of(model: nn.Module) -> tuple[int, int, bool]:
+    """Return what :func:`make_model` made it for, for methods that make layers of their own.
 
-    def __init__(self, features: nn.Sequential, size: int, labels: int) -> None:
-        super().__init__()
-        self.features = features
-        self.classifier = nn.Linear(size, labels)
+    Returns:
+        The numbers in a sample, the labels of a head, and whether each task label has one.
+    """
+    sizes: Any = getattr(model, "sizes", (1, 1, False))  # one on which settings are only checked
+    return sizes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores of shape (batch, labels) for x of shape (batch, *shape)."""
-        return self.classifier(self.features(x))
+
+def _with_classifier(features: list[nn.Module], size: int, labels: int) -> nn.Module:
+    """Return layers that end in a vector of this size, and a linear classifier."""
+    from torch import nn
+
+    layers = {"features": nn.Sequential(*features), "classifier": nn.Linear(size, labels)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _paper_cnn(shape: Shape, labels: int) -> nn.Module:
@@ -75,20 +86,17 @@ def _paper_cnn(shape: Shape, labels: int) -> nn.Module:
     Two 3×3 convolutions of 32 and 64 channels with ReLU, maximum over 2×2, dropout 0.25, a hidden
     layer of 128 units, dropout 0.5.
     """
+    from torch import nn
+
     channels, height, width = shape
-    features = nn.Sequential(
-        nn.Conv2d(channels, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-        nn.Flatten(),
-        nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128),
-        nn.ReLU(),
+    features = [
+        *(nn.Conv2d(channels, 32, 3), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten()),
+        *(nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128), nn.ReLU()),
         nn.Dropout(0.5),
-    )
-    return _CNN(features, 128, labels)
+    ]
+    return _with_classifier(features, 128, labels)
 
 
 def _strided_cnn(shape: Shape, labels: int) -> nn.Module:
@@ -97,6 +105,8 @@ def _strided_cnn(shape: Shape, labels: int) -> nn.Module:
     Three 3×3 convolutions with stride 2 and 32, 64 and 128 channels, and a hidden layer of 256
     units; ReLU throughout, no normalisation and no dropout, so that what forgets is the weights.
     """
+    from torch import nn
+
     channels, height, width = shape
     sizes = (channels, 32, 64, 128)
     layers: list[nn.Module] = []
@@ -104,11 +114,13 @@ def _strided_cnn(shape: Shape, labels: int) -> nn.Module:
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
         height, width = (height + 1) // 2, (width + 1) // 2
     layers += [nn.Flatten(), nn.Linear(sizes[-1] * height * width, 256), nn.ReLU()]
-    return _CNN(nn.Sequential(*layers), 256, labels)
+    return _with_classifier(layers, 256, labels)
 
 
 def _mlp(hidden_size: int) -> Model:
     def make(shape: Shape, labels: int) -> nn.Module:
+        from avalanche.models import SimpleMLP
+
         return SimpleMLP(
             num_classes=labels,
             input_size=math.prod(shape),
@@ -120,7 +132,14 @@ def _mlp(hidden_size: int) -> Model:
     return Model(f"MLP with two hidden layers of {hidden_size}, ReLU", make, "classifier")
 
 
+def _simple_cnn(shape: Shape, labels: int) -> nn.Module:
+    from avalanche.models import SimpleCNN
+
+    return SimpleCNN(num_classes=labels)
+
+
 def _resnet18(shape: Shape, labels: int) -> nn.Module:
+    from torch import nn
     from torchvision.models import resnet18
 
     model = resnet18(num_classes=labels)
@@ -142,7 +161,7 @@ MODELS = {
     ),
     "simple-cnn": Model(
         "Avalanche's SimpleCNN: five convolutions, dropout",
-        lambda shape, labels: SimpleCNN(num_classes=labels),
+        _simple_cnn,
         "classifier",
         (3,),
     ),

@@ -4,76 +4,24 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import textalloc
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.reporting.labels import Point, place_labels, wrap_label
+from experiments.protocol.methods import style_of
+from experiments.reporting.tables import Row, wrap_label
+from experiments.running.matrix_figures import COLOURS, draw_matrix, new_figure, ticks
 
-Row = Mapping[str, Any]
-"""A row of :func:`experiments.reporting.report.table_rows`."""
-
-# Chosen by computation: under the common kinds of colour blindness as well (Machado et al. 2009,
-# full severity) any two of the first twelve are at least 21 apart in CIELAB. Of the extensions
-# classp-matrix is 14 from replay and 19 from the others, classp-consolidated 20 from all. The
-# markers tell the twelve apart without colour; CLASSP's lines are thicker.
-_STYLES = {
-    "naive": ("#a8a0b7", "o"),
-    "adagrad": ("#69599d", "s"),
-    "adam": ("#33a6f8", "D"),
-    "ewc": ("#2009dd", "^"),
-    "ewc-online": ("#5269fa", "v"),
-    "si": ("#8e1404", "<"),
-    "mas": ("#a8565c", ">"),
-    "lwf": ("#370c7d", "p"),
-    "rwalk": ("#75024b", "h"),
-    "replay": ("#cc9966", "P"),
-    "joint": ("#000000", "X"),
-    "classp": ("#d55e00", "*"),
-    "classp-matrix": ("#e8a400", "*"),
-    "classp-consolidated": ("#4b281e", "*"),
-}
-_OTHER_STYLE = ("#737765", "d")
 _LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-_DPI = 150
-_COLOURS = "cividis"
 _LEGEND_WIDTH = 26  # characters
-
-
-def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
-    """Draw all figures; the same rows give the same bytes.
-
-    Args:
-        rows: as :func:`experiments.reporting.report.table_rows` makes them, at least one.
-        title: stands over every figure, above what its numbers are the mean of.
-
-    Returns:
-        File names (of :data:`CAPTIONS`, as far as there is something to draw) and the files'
-        contents.
-    """
-    several = [row for row in rows if len(row["forgetting_curve"]) > 0]
-    mapped = [row for row in rows if row["maps"]]
-    with_seeds = f"{title}\n{_seeds(rows)}"
-    with style.context("default"):  # whatever the user's matplotlibrc says
-        drawn = {
-            "accuracy.png": _accuracy(rows, with_seeds),
-            "forgetting.png": _forgetting(several, f"{title}\n{_seeds(several)}")
-            if several
-            else b"",
-            "matrix.png": _matrices(rows, with_seeds),
-            "memory.png": _against_memory(rows, with_seeds),
-            "time.png": _against_time(rows, with_seeds),
-            "map.png": _maps(mapped, title) if mapped else b"",
-        }
-    return {name: content for name, content in drawn.items() if content}
-
+_MARKER = 4.0  # half a marker's width, in points
 
 CAPTIONS = {
     "accuracy.png": "mean accuracy on the experiences so far, after each experience",
@@ -87,21 +35,46 @@ CAPTIONS = {
 """What each figure shows."""
 
 
-def _seeds(rows: Sequence[Row]) -> str:
+def draw_figures(rows: Sequence[Row], title: str) -> dict[str, bytes]:
+    """Draw all figures; the same rows give the same bytes.
+
+    Args:
+        rows: as :func:`experiments.reporting.tables.table_rows` makes them, at least one.
+        title: stands over every figure, above what its numbers are the mean of.
+
+    Returns:
+        File names (of :data:`CAPTIONS`, as far as there is something to draw) and the files'
+        contents.
+    """
+    several = [row for row in rows if row["forgetting_curve"]]
+    mapped = [row for row in rows if row["maps"]]
+    drawn: dict[str, bytes] = {}
+    with style.context("default"):  # whatever the user's matplotlibrc says
+        drawn["accuracy.png"] = _curves(rows, "curve", title)
+        if several:
+            drawn["forgetting.png"] = _curves(several, "forgetting_curve", title)
+        drawn["matrix.png"] = _matrices(rows, title)
+        label = "memory of the method beside the model, bytes per parameter"
+        key = "state_bytes_per_parameter"
+        drawn["memory.png"] = _against(rows, key, label, _scale_memory, title)
+        label, key = "training time per experience, s", "seconds_per_experience"
+        drawn["time.png"] = _against(rows, key, label, _scale_time, title)
+        if mapped:
+            drawn["map.png"] = _maps(mapped, title)
+    return drawn
+
+
+def _with_seeds(title: str, rows: Sequence[Row]) -> str:
     least, most = min(row["n"] for row in rows), max(row["n"] for row in rows)
     if most == 1:
-        return "one seed"
-    return "mean over " + (f"{most} seeds" if least == most else f"{least} to {most} seeds")
+        return f"{title}\none seed"
+    count = most if least == most else f"{least} to {most}"
+    return f"{title}\nmean over {count} seeds"
 
 
-def _with_intervals(title: str) -> str:
-    return title if title.endswith("one seed") else f"{title}, with 95 % interval"
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def _with_intervals(title: str, rows: Sequence[Row]) -> str:
+    several = any(row["n"] > 1 for row in rows)
+    return _with_seeds(title, rows) + (", with 95 % interval" if several else "")
 
 
 def _png(figure: Figure) -> bytes:
@@ -119,7 +92,7 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     looks = []
     for row in rows:
         name = row["name"]
-        colour, marker = _STYLES.get(name, _OTHER_STYLE)
+        colour, marker = style_of(name)
         ours = name.startswith("classp")
         looks.append(
             {
@@ -135,28 +108,19 @@ def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return looks
 
 
-def _accuracy(rows: Sequence[Row], title: str) -> bytes:
-    """Draw the mean accuracy over the experiences seen so far, after each of them."""
-    label = "mean accuracy on the experiences so far, %"
-    return _curves(rows, "curve", 1, label, title, _limit_accuracy)
+def _curves(rows: Sequence[Row], key: str, title: str) -> bytes:
+    """Draw a line for each row over the number of experiences trained.
 
-
-def _forgetting(rows: Sequence[Row], title: str) -> bytes:
-    """Draw the mean forgetting of the experiences before, from the second experience on."""
-    label = "mean forgetting of the experiences before, %"
-    return _curves(rows, "forgetting_curve", 2, label, title, lambda axes: None)
-
-
-def _curves(
-    rows: Sequence[Row],
-    key: str,
-    first: int,
-    label: str,
-    title: str,
-    limit: Callable[[Axes], None],
-) -> bytes:
-    """Draw a line for each row, over the number of experiences trained, from ``first`` on."""
-    figure = _new_figure(9, max(4.8, 0.3 * len(rows) + 1.2))
+    Args:
+        rows: what to draw.
+        key: ``curve``, or ``forgetting_curve``, which begins with the second experience.
+        title: stands over the figure.
+    """
+    what, first = {
+        "curve": ("accuracy on the experiences so far", 1),
+        "forgetting_curve": ("forgetting of the experiences before", 2),
+    }[key]
+    figure = new_figure(9, max(4.8, 0.3 * len(rows) + 1.2))
     axes = figure.subplots()
     for row, look in zip(rows, _looks(rows), strict=True):
         mean, half = np.array(row[key]).T
@@ -166,12 +130,13 @@ def _curves(
         axes.plot(x, mean, label="\n".join(wrap_label(row["method"], _LEGEND_WIDTH)), **look)
         band = {"color": look["color"], "zorder": look["zorder"] - 2}
         axes.fill_between(x, mean - half, mean + half, alpha=0.1, lw=0, **band)
-    axes.set(xlabel="experiences trained", ylabel=label)
-    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
+    axes.set(xlabel="experiences trained", ylabel=f"mean {what}, %")
+    axes.set_title(_with_intervals(title, rows), loc="left", fontsize=11)
     last = first - 1 + max(len(row[key]) for row in rows)
-    axes.set_xticks([i + 1 for i in _ticks(last) if i + 1 >= first])
+    axes.set_xticks([i + 1 for i in ticks(last) if i + 1 >= first])
     axes.grid(alpha=0.3)
-    limit(axes)
+    if key == "curve":
+        _limit_accuracy(axes)
     figure.legend(loc="outside right upper", handlelength=3.2, fontsize=9)
     return _png(figure)
 
@@ -189,39 +154,18 @@ def _matrices(rows: Sequence[Row], title: str) -> bytes:
     columns = -(-count // lines)
     cells = max(len(row["matrix"][0]) for row in rows)
     side = {1: 1.4, 2: 1.4}.get(cells, 2.2 if cells < 8 else 2.7)
-    figure = _new_figure(max(columns * side + 1.4, 5), lines * (side + 0.35) + 0.9)
+    figure = new_figure(max(columns * side + 1.4, 5), lines * (side + 0.35) + 0.9)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, row in zip(grid.flat, rows, strict=False):
-        image = _matrix(axes, np.array(row["matrix"]))
+        image = draw_matrix(axes, np.array(row["matrix"]))
         axes.set_title("\n".join(wrap_label(row["method"], round(side * 9))), fontsize=9)
     for axes in list(grid.flat)[count:]:
         axes.axis("off")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_with_seeds(title, rows), fontsize=11)
     figure.supxlabel("on experience j", fontsize=10)
     figure.supylabel("after training on experience i", fontsize=10)
     figure.colorbar(image, ax=grid, label="accuracy, %", aspect=30, pad=0.02)
     return _png(figure)
-
-
-def _matrix(axes: Axes, matrix: np.ndarray) -> Any:
-    image = axes.imshow(matrix, cmap=_COLOURS, vmin=0, vmax=100)
-    height, width = matrix.shape
-    axes.set_xticks(_ticks(width), [str(i + 1) for i in _ticks(width)], fontsize=7)
-    if height == 1 < width:  # joint training has one row, after everything
-        axes.set_yticks([0], ["all"], fontsize=7)
-    else:
-        axes.set_yticks(_ticks(height), [str(i + 1) for i in _ticks(height)], fontsize=7)
-    axes.tick_params(length=2)
-    if width <= 10:
-        colours = colormaps[_COLOURS]
-        for (i, j), value in np.ndenumerate(matrix):
-            dark = sum(colours(value / 100)[:3]) < 1.5
-            text: dict[str, Any] = {
-                "color": "white" if dark else "black",
-                "fontsize": 9 if width < 8 else 6.5,
-            }
-            axes.text(j, i, f"{value:.0f}", ha="center", va="center", **text)
-    return image
 
 
 def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
@@ -230,7 +174,7 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
     A dotted line is at the searched value, and a value with which no run ended is a cross.
 
     Args:
-        rows: as :func:`experiments.tuning.sensitivity.measure` returns them.
+        rows: a dictionary for each value, of the columns of ``sensitivity.csv``.
         title: stands over the figure.
 
     Returns:
@@ -241,7 +185,7 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
         panels.setdefault(row["method"], {}).setdefault(row["key"], []).append(row)
     columns = max(map(len, panels.values()))
     with style.context("default"):
-        figure = _new_figure(max(2.3 * columns + 1, 6), 2.4 * len(panels) + 0.9)
+        figure = new_figure(max(2.3 * columns + 1, 6), 2.4 * len(panels) + 0.9)
         grid = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
         for line, (method, own) in zip(grid, panels.items(), strict=True):
             for axes, (key, values) in zip(line, own.items(), strict=False):
@@ -251,14 +195,15 @@ def draw_sensitivity(rows: Sequence[Row], title: str) -> bytes:
                 axes.axis("off")
             line[0].set_ylabel(f"{method}\naverage accuracy, %", fontsize=9)
             _limit_accuracy(line[0])  # and with it the others'
-        seeds = _with_intervals(_seeds([row for row in rows if row["searched"]]))
-        figure.suptitle(f"{title}: one varied, the others as searched\n{seeds}", fontsize=11)
+        title = f"{title}: one varied, the others as searched"
+        searched = [row for row in rows if row["searched"]]
+        figure.suptitle(_with_intervals(title, searched), fontsize=11)
     return _png(figure)
 
 
 def _sensitivity(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw a panel; the values stand at equal distances."""
-    colour, marker = _STYLES.get(rows[0]["method"], _OTHER_STYLE)
+    colour, marker = style_of(rows[0]["method"])
     measured = [(i, row) for i, row in enumerate(rows) if row["n"]]
     axes.errorbar(
         [i for i, _ in measured],
@@ -287,61 +232,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-")
 
 
-def accuracy_matrix_figure(matrix: Sequence[Sequence[float]]) -> Figure:
-    """Draw one run's accuracy matrix.
-
-    Args:
-        matrix: accuracy, 0 to 1, on each experience (columns) after each (rows).
-    """
-    values = 100 * np.array(matrix)
-    with style.context("default"):
-        figure, axes = _new_square(values.shape[1])
-        _matrix(axes, values)
-        axes.set(xlabel="on experience j", ylabel="after training on experience i")
-        axes.set_title("accuracy, %", fontsize=11)
-    return figure
-
-
-def confusion_figure(counts: Sequence[Sequence[float]]) -> Figure:
-    """Draw a confusion matrix.
-
-    Args:
-        counts: of each class (rows), how many samples were taken for each (columns).
-    """
-    values = np.array(counts, dtype=float)
-    values = 100 * values / np.maximum(values.sum(1, keepdims=True), 1)
-    with style.context("default"):
-        figure, axes = _new_square(len(values))
-        _matrix(axes, values)
-        ticks = _ticks(len(values))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(ticks, [str(tick) for tick in ticks], fontsize=7)
-        axes.set(xlabel="taken for class", ylabel="class")
-        axes.set_title("% of the class's samples", fontsize=11)
-    return figure
-
-
-def _new_square(cells: int) -> tuple[Figure, Axes]:
-    side = 4.2 if cells <= 10 else 6
-    figure = _new_figure(side, side)
-    return figure, figure.subplots()
-
-
-def _ticks(count: int) -> list[int]:
-    return [i for i in range(count) if count <= 10 or i == 0 or (i + 1) % 5 == 0]
-
-
 def _maps(rows: Sequence[Row], title: str) -> bytes:
     """Draw the first layer's accumulators of each row's first seed, at most ten experiences."""
     longest = max(len(row["maps"]) for row in rows)
     shown = sorted({round(i) for i in np.linspace(0, longest - 1, min(longest, 10))})
-    figure = _new_figure(max(1.35 * len(shown) + 1.4, 5), 1.75 * len(rows) + 1.1)
+    figure = new_figure(max(1.35 * len(shown) + 1.4, 5), 1.75 * len(rows) + 1.1)
     grid = figure.subplots(len(rows), len(shown), squeeze=False)
     values = np.concatenate([np.ravel(image) for row in rows for image in row["maps"]])
     high = max(values.max(), 1e-30)
     low = max(values[values > 0].min(initial=high), high * 1e-6)  # six decades tell enough
     norm = LogNorm(low, high if high > low else 10 * low, clip=False)
-    colours = colormaps[_COLOURS].with_extremes(bad="#404040", under=colormaps[_COLOURS](0.0))
+    colours = colormaps[COLOURS].with_extremes(bad="#404040", under=colormaps[COLOURS](0.0))
     for line, row in zip(grid, rows, strict=True):
         for axes, i in zip(line, shown, strict=True):
             axes.set(xticks=[], yticks=[])
@@ -358,12 +259,37 @@ def _maps(rows: Sequence[Row], title: str) -> bytes:
     return _png(figure)
 
 
-def _against_memory(rows: Sequence[Row], title: str) -> bytes:
-    figure = _new_figure(8, 5.2)
+def _against(
+    rows: Sequence[Row],
+    key: str,
+    label: str,
+    scale: Callable[[Axes, Sequence[float]], None],
+    title: str,
+) -> bytes:
+    """Draw each row's accuracy against the key's value, both with their intervals."""
+    figure = new_figure(8, 5.2)
     axes = figure.subplots()
-    _scatter(axes, rows, "state_bytes_per_parameter", title)
-    values = [row["state_bytes_per_parameter"][0] for row in rows]
-    # Powers of two, but linear from 0 to the smallest of them: several methods keep nothing.
+    points = []
+    for row, look in zip(rows, _looks(rows), strict=True):
+        # Of one seed there is no interval.
+        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
+        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
+        axes.errorbar(x, y, xerr=dx or None, yerr=dy or None, **look)
+        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
+        points.append(Point(text, x, y, dx, dy, look["color"]))
+    axes.set_title(_with_intervals(title, rows), loc="left", fontsize=11)
+    axes.set(xlabel=label, ylabel="average accuracy, %")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    _limit_accuracy(axes)
+    scale(axes, [point.x for point in points])
+    axes.xaxis.set_minor_locator(NullLocator())
+    place_labels(axes, points)
+    return _png(figure)
+
+
+def _scale_memory(axes: Axes, values: Sequence[float]) -> None:
+    """Show powers of two, but linear from 0 to the least of them: several methods keep nothing."""
     least = min((value for value in values if value >= 1), default=1.0)
     first = int(np.floor(np.log2(least)))
     last = int(np.ceil(np.log2(max(*values, 2.0**first, 1))))
@@ -371,49 +297,64 @@ def _against_memory(rows: Sequence[Row], title: str) -> bytes:
     axes.set_xlim(-0.4 * 2.0**first, 2.0**last * 1.6)
     step = -(-(last - first + 1) // 9)
     axes.set_xticks([0, *(2.0**i for i in range(first, last + 1, step))])
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set_xlabel("memory of the method beside the model, bytes per parameter")
-    _label(axes, rows, "state_bytes_per_parameter")
-    return _png(figure)
 
 
-def _against_time(rows: Sequence[Row], title: str) -> bytes:
-    figure = _new_figure(8, 5.2)
-    axes = figure.subplots()
-    _scatter(axes, rows, "seconds_per_experience", title)
-    values = [row["seconds_per_experience"][0] for row in rows]
+def _scale_time(axes: Axes, values: Sequence[float]) -> None:
     decades = np.log10(max(values) / min(values))
     subs = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
     axes.set_xscale("log", nonpositive="clip")
     axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.set_xlabel("training time per experience, s")
-    _label(axes, rows, "seconds_per_experience")
-    return _png(figure)
 
 
-def _scatter(axes: Axes, rows: Sequence[Row], key: str, title: str) -> None:
-    """Draw each row's accuracy against the key's value, both with their intervals."""
-    for row, look in zip(rows, _looks(rows), strict=True):
-        x, y = row[key], row["average_accuracy"]
-        bars = np.nan_to_num([x[1], y[1]])  # of one seed there is no interval
-        look |= {"linestyle": "none", "elinewidth": 1, "capsize": 2}
-        axes.errorbar(x[0], y[0], xerr=bars[0] or None, yerr=bars[1] or None, **look)
-    axes.set_title(_with_intervals(title), loc="left", fontsize=11)
-    axes.set_ylabel("average accuracy, %")
-    axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
-    _limit_accuracy(axes)
+class Point(NamedTuple):
+    """A labelled point with its error bars' half widths, in the axes' data coordinates."""
+
+    text: str
+    x: float
+    y: float
+    dx: float
+    dy: float
+    color: str
 
 
-def _label(axes: Axes, rows: Sequence[Row], key: str) -> None:
-    """Write the methods' names beside their points, none over another."""
-    points = []
-    for row, look in zip(rows, _looks(rows), strict=True):
-        (x, dx), (y, dy) = np.nan_to_num([row[key], row["average_accuracy"]])
-        text = "\n".join(wrap_label(row["method"], _LEGEND_WIDTH))
-        points.append(Point(text, x, y, dx, dy, look["color"]))
-    place_labels(axes, points)
+def place_labels(axes: Axes, points: Sequence[Point]) -> None:
+    """Write each point's text beside it, not over another text, point or error bar.
+
+    Args:
+        axes: finished but for the labels; its layout is frozen.
+        points: what to label.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # lays out, so that lengths are known
+    figure.set_layout_engine("none")
+    x, y = [p.x for p in points], [p.y for p in points]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    textalloc.allocate(
+        axes,
+        x,
+        y,
+        [p.text for p in points],
+        x_scatter=x,
+        y_scatter=y,
+        scatter_sizes=[_MARKER * figure.dpi / 72] * len(points),
+        x_lines=[
+            *([max(p.x - p.dx, left), min(p.x + p.dx, right)] for p in points),
+            *([p.x, p.x] for p in points),
+        ],
+        y_lines=[
+            *([p.y, p.y] for p in points),
+            *([max(p.y - p.dy, low), min(p.y + p.dy, high)] for p in points),
+        ],
+        textsize=9,
+        margin=0.004,
+        max_distance=0.4,
+        nbr_candidates=1000,
+        direction=["east", "west", "north", "south"],
+        linecolor=[p.color for p in points],
+        linewidth=0.7,
+        avoid_label_lines_overlap=True,
+        zorder=6,
+    )

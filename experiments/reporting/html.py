@@ -16,7 +16,7 @@ def render(figures: Mapping[str, bytes], captions: Mapping[str, str], **values: 
     Args:
         figures: PNG files by name.
         captions: of these.
-        **values: what else ``page.html`` names.
+        **values: what else ``report.html`` names.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -29,4 +29,4 @@ def render(figures: Mapping[str, bytes], captions: Mapping[str, str], **values: 
         {"caption": captions[name], "data": base64.b64encode(content).decode()}
         for name, content in figures.items()
     ]
-    return environment.get_template("page.html").render(figures=shown, **values)
+    return environment.get_template("report.html").render(figures=shown, **values)

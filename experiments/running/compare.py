@@ -19,7 +19,8 @@ from experiments.errors import UserError, one_line
 from experiments.protocol.benchmarks import require_data
 from experiments.protocol.config import RunConfig
 from experiments.running.engines import make_engine
-from experiments.running.records import Results, describe_failure, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import Results, current_commit, describe_failure
 from experiments.running.run import run
 
 
@@ -70,14 +71,16 @@ def run_all(
     logs = results.logs if tensorboard else None
     attempt_it = attempt_afar if engine == "ray" else attempt
     work = partial(attempt_it, data_root=data_root, logs=logs)
+    made_by = {"command": command, "commit": current_commit()}
     with _Bar(configs, done, steps) as bar, closing(chosen.run(work, todo, bar.show)) as ended:
         for config, result in ended:
             _write_logs(results.logs(config), result.pop("logs", {}))
-            results.save(result | {"command": command})
+            results.save(result | made_by)
             if "error" in result:
                 failures.append(result)
                 bar.write(f"FAILED {describe_failure(result)}")
             bar.end(config)
+    results.compact()
     return failures
 
 

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,7 +26,12 @@ from tqdm import tqdm
 
 from experiments.errors import UserError, one_line
 from experiments.protocol.config import RunConfig
-from experiments.running.processes import ONE_THREAD, Worker, WorkerDiedError, available_cores
+from experiments.running.processes import (
+    ONE_THREAD,
+    WorkerDiedError,
+    available_cores,
+    in_processes,
+)
 
 Result = dict[str, Any]
 Progress = Callable[[RunConfig, int], object]
@@ -101,61 +106,35 @@ class _Run:
 
 
 class LocalEngine:
-    """Processes of this machine, each with one thread and one run at a time.
-
-    A process that is killed costs its own run alone, which is tried a second time after the others.
+    """Processes of this machine; see :func:`experiments.running.processes.in_processes`.
 
     Args:
         jobs: number of processes. Default: one for each core.
     """
 
-    TRIES = 2
-
     def __init__(self, jobs: int | None = None) -> None:
-        self.jobs = jobs or available_cores()
+        self.jobs = jobs
 
     def run(
         self, work: Work, configs: Sequence[RunConfig], progress: Progress
     ) -> Generator[tuple[RunConfig, Result]]:
         """See :meth:`Engine.run`."""
-        waiting = deque(_Run(config, progress) for config in configs)
-        busy: dict[Worker, _Run] = {}
-        idle: list[Worker] = []
-        try:
-            while waiting or busy:
-                while waiting and len(busy) < self.jobs:
-                    worker = idle.pop() if idle else Worker()
-                    run = busy[worker] = waiting.popleft()
-                    worker.begin(_work_in_process, work, run.begin())
-                ready = connection.wait([worker.pipe for worker in busy])
-                for worker in [worker for worker in busy if worker.pipe in ready]:
-                    run = busy[worker]
-                    try:
-                        message = worker.receive()
-                    except WorkerDiedError as death:
-                        del busy[worker]
-                        if run.tries < self.TRIES:
-                            waiting.append(run)
-                        else:
-                            error = f"its process {death}, in {run.tries} tries"
-                            yield run.config, run.failure(error)
-                        continue
-                    if message is _STEP:
-                        run.step(run.steps + 1)
-                    else:
-                        del busy[worker]
-                        idle.append(worker)
-                        yield run.config, message
-        finally:
-            for worker in (*busy, *idle):
-                worker.stop()
-
-
-_STEP = None  # sent after each step
+        runs = [_Run(config, progress) for config in configs]
+        outcomes = in_processes(
+            _work_in_process,
+            [(work, config) for config in configs],
+            self.jobs,
+            begun=lambda number: runs[number].begin(),
+            told=lambda number, _: runs[number].step(runs[number].steps + 1),
+        )
+        with closing(outcomes):
+            for number, outcome in outcomes:
+                died = isinstance(outcome, WorkerDiedError)
+                yield configs[number], runs[number].failure(str(outcome)) if died else outcome
 
 
 def _work_in_process(work: Work, config: RunConfig, send: Callable[[Any], None]) -> Result:
-    return work(config, progress=lambda: send(_STEP))
+    return work(config, progress=lambda: send(None))
 
 
 class RayEngine:

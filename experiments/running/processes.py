@@ -6,14 +6,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
 # Spawned and not forked: torch's threads do not survive a fork.
 CONTEXT = multiprocessing.get_context("spawn")
+TRIES = 2
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Environment of a process beside which others work. The libraries read it when they are loaded."""
@@ -28,14 +31,71 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Worker:
-    """A process that does one piece of work after the other.
+def in_processes(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+    jobs: int | None = None,
+    begun: Callable[[int], object] = lambda number: None,
+    told: Callable[[int, Any], object] = lambda number, message: None,
+) -> Generator[tuple[int, Any]]:
+    """Call ``function(*task, send)`` for every task and yield results in the order they end.
+
+    Each process has one thread and one task at a time. A task whose process is killed is begun
+    again after the others. Closing the generator ends the processes.
+
+    Args:
+        function: importable by name. It can ``send`` objects while it works.
+        tasks: the arguments, which can be pickled.
+        jobs: number of processes. Default: one for each core.
+        begun: is told the number of each task that is begun, also again.
+        told: is told the task's number and what it sent.
+
+    Yields:
+        The task's number and result; a WorkerDiedError where its process died :data:`TRIES` times.
+
+    Raises:
+        Exception: what the function raised.
+    """
+    waiting = deque((number, 1) for number in range(len(tasks)))
+    busy: dict[Connection, tuple[_Worker, int, int]] = {}
+    idle: list[_Worker] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < (jobs or available_cores()):
+                number, attempt = waiting.popleft()
+                worker = idle.pop() if idle else _Worker()
+                busy[worker.pipe] = worker, number, attempt
+                begun(number)
+                worker.begin(function, tasks[number])
+            for pipe in [pipe for pipe in connection.wait(busy) if isinstance(pipe, Connection)]:
+                worker, number, attempt = busy[pipe]
+                try:
+                    kind, value = worker.receive()
+                except WorkerDiedError as death:
+                    del busy[pipe]
+                    if attempt < TRIES:
+                        waiting.append((number, attempt + 1))
+                    else:
+                        yield number, WorkerDiedError(f"its process {death}, in {attempt} tries")
+                    continue
+                if kind == "message":
+                    told(number, value)
+                    continue
+                del busy[pipe]
+                idle.append(worker)
+                if kind == "error":
+                    raise value
+                yield number, value
+    finally:
+        for worker in (*(worker for worker, _, _ in busy.values()), *idle):
+            worker.stop()
+
+
+class _Worker:
+    """A process that does one task after the other.
 
     It has a pipe of its own and shares nothing with other workers: one that is killed cannot leave
     a lock taken or a message half written that the others would wait for.
-
-    Attributes:
-        pipe: can be waited for with ``multiprocessing.connection.wait``; see :meth:`receive`.
     """
 
     def __init__(self) -> None:
@@ -44,18 +104,13 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have it call ``function(*arguments, send)``.
-
-        Args:
-            function: importable by name. It can ``send`` objects; what it returns is sent last.
-            *arguments: can be pickled.
-        """
+    def begin(self, function: Callable[..., Any], task: tuple[Any, ...]) -> None:
+        """Have it do a task."""
         with suppress(BrokenPipeError):  # it died while it had nothing to do: receive will tell
-            self.pipe.send((function, arguments))
+            self.pipe.send((function, task))
 
-    def receive(self) -> Any:
-        """Return the next object that it sent; wait for it.
+    def receive(self) -> tuple[str, Any]:
+        """Return the next thing that it tells, and its kind; wait for it.
 
         Raises:
             WorkerDiedError: it has died and sends nothing any more.
@@ -75,18 +130,6 @@ class Worker:
         self.pipe.close()
 
 
-def make_pool(size: int) -> ProcessPoolExecutor:
-    """Make a pool of so many processes."""
-    return ProcessPoolExecutor(size, CONTEXT, _start)
-
-
-def stop(pool: ProcessPoolExecutor) -> None:
-    """End the pool's processes without waiting for what they are doing."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in multiprocessing.active_children():
-        process.terminate()
-
-
 def _describe_exit(code: int | None) -> str:
     if code is None or code >= 0:
         return f"ended with exit code {code}"
@@ -98,8 +141,13 @@ def _serve(pipe: Connection) -> None:
     _start()
     while True:
         # Receiving the function imports its module, and with that torch: not before _start.
-        function, arguments = pipe.recv()
-        pipe.send(function(*arguments, pipe.send))
+        function, task = pipe.recv()
+        try:
+            answer = "result", function(*task, lambda message: pipe.send(("message", message)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised in the parent
+            error.add_note(traceback.format_exc())
+            answer = "error", error
+        pipe.send(answer)
 
 
 def _start() -> None:

@@ -1,20 +1,30 @@
-"""Result files: one run, one JSON file, written whole or not at all."""
+"""The records of runs: one compressed file for each comparison.
+
+``records.jsonl.gz`` holds one JSON object per line. Each saved run is appended as a gzip member of
+its own, so that a crash costs at most the record being written; ``compact`` makes one member of
+them all. ``gzip -dc`` shows the file.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import gzip
 import hashlib
 import json
 import os
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from experiments.errors import UserError
+from experiments.errors import UserError, one_line
 from experiments.protocol.config import RunConfig
+from experiments.running.files import make_folder, write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 _SHARE, _CHANGE = (0, 1), (-1, 1)
 _NUMBERS = {
     "average_accuracy": _SHARE,
@@ -31,68 +41,237 @@ _NUMBERS = {
 _ALWAYS = ("average_accuracy", "seconds_per_experience", "state_bytes_per_parameter")
 """Those of them that every method has."""
 
+Record = dict[str, Any]
+"""A run's result, or its failure: ``{"config": ..., "error": ...}``."""
+
 
 class Results:
-    """The result files of an output folder, in its sub-folder ``runs``.
+    """The records of an output folder; each is read once, however often they are asked for.
+
+    Several processes may save to the same folder.
 
     Args:
         folder: the output folder; made when something is written.
+
+    Attributes:
+        folder: the output folder.
+        path: its records file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.runs = folder / "runs"
+        self.path = folder / "records.jsonl.gz"
+        self._forget()
 
-    def save(self, result: Mapping[str, Any]) -> Path:
-        """Write a result, or a failure (``{"config": ..., "error": ...}``), and return its file.
+    def _forget(self) -> None:
+        self._records: dict[str, Record] = {}
+        self._lines = 0
+        self._end = 0
+        """Where the last whole member that was read ends."""
+        self._inode: int | None = None
 
-        A file of the same config is replaced.
+    def save(self, record: Mapping[str, Any]) -> Path:
+        """Append a record and return the records file. It replaces an older one of its config.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the file cannot be written, or is damaged.
         """
-        config = RunConfig.from_dict(result["config"])
-        stream = f"{config.benchmark}-{config.scenario}"
-        path = self.runs / f"{stream}-{config.method}-{config.seed}-{_digest(config)}.json"
-        write_atomically(path, json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
-        return path
+        config = RunConfig.from_dict(record["config"])
+        record = {"schema": SCHEMA, **record}
+        make_folder(self.folder)
+        with self._locked(write=True) as file:
+            self._read_on(file)
+            member = gzip.compress(_line(record), mtime=0)
+            try:
+                os.ftruncate(file.fileno(), self._end)  # without what a crash left half written
+                _write_all(file.fileno(), member)
+                os.fsync(file.fileno())
+            except BaseException:
+                os.ftruncate(file.fileno(), self._end)
+                raise
+            self._end += len(member)
+            self._lines += 1
+            self._records[config.key()] = record
+        return self.path
+
+    def compact(self) -> None:
+        """Write the file anew as one gzip member, without records that were replaced.
+
+        Only the first seed of each setting keeps its accumulator maps: a figure shows no others,
+        and they are nearly all of a record's bytes.
+
+        Raises:
+            UserError: the file cannot be written, or is damaged.
+        """
+        with self._locked(write=True) as file:
+            self._read_on(file)
+            self._records = self._sorted()
+            _drop_further_maps(self._records.values())
+            data = gzip.compress(b"".join(map(_line, self._records.values())), mtime=0)
+            write_atomically(self.path, data)
+            self._lines, self._end = len(self._records), len(data)
+            self._inode = self.path.stat().st_ino
 
     def logs(self, config: RunConfig) -> Path:
         """Return the run's TensorBoard log directory."""
         return self.folder / "tensorboard" / f"{config.method}-{config.seed}-{_digest(config)}"
 
-    def by_key(self) -> dict[str, dict[str, Any]]:
-        """Read all result files, failures included, in the order of their names.
+    def by_key(self) -> dict[str, Record]:
+        """Return all records, failures included, in the order of stream, method and seed.
 
         Returns:
-            The results, each under its config's :meth:`~experiments.protocol.config.RunConfig.key`.
+            The records, each under its config's
+            :meth:`~experiments.protocol.config.RunConfig.key`.
 
         Raises:
-            UserError: a file is not a result file of this version, or two are of the same run; they
-                are left as they are.
+            UserError: the file is damaged or of another version; it is left as it is.
         """
-        results: dict[str, dict[str, Any]] = {}
-        paths: dict[str, Path] = {}
-        for path in sorted(self.runs.glob("*.json")):
-            result = _read(path)
-            key = RunConfig.from_dict(result["config"]).key()
-            if key in paths:
-                raise UserError(f"{paths[key]} and {path} hold the same run; move one of them away")
-            paths[key], results[key] = path, result
-        return results
+        if self.path.exists():
+            with self._locked(write=False) as file:
+                self._read_on(file)
+        else:
+            self._forget()
+        return self._sorted()
 
-    def load(self) -> list[dict[str, Any]]:
-        """Return the results of :meth:`by_key` as a list."""
+    def load(self) -> list[Record]:
+        """Return the records of :meth:`by_key` as a list."""
         return list(self.by_key().values())
 
-    def finished(self, configs: Iterable[RunConfig]) -> dict[str, dict[str, Any]]:
+    def finished(self, configs: Iterable[RunConfig]) -> dict[str, Record]:
         """Return :meth:`by_key` of these configs, as far as they are there and no failures."""
         wanted = {config.key() for config in configs}
         return {
-            key: result
-            for key, result in self.by_key().items()
-            if "error" not in result and key in wanted
+            key: record
+            for key, record in self.by_key().items()
+            if "error" not in record and key in wanted
         }
+
+    def _sorted(self) -> dict[str, Record]:
+        def place(item: tuple[str, Record]) -> str:
+            config = RunConfig.from_dict(item[1]["config"])
+            stream = f"{config.benchmark}-{config.scenario}"
+            return f"{stream}-{config.method}-{config.seed}-{_digest(config)}"
+
+        return dict(sorted(self._records.items(), key=place))
+
+    @contextmanager
+    def _locked(self, write: bool) -> Iterator[BinaryIO]:
+        """Open the records file, when nobody else writes it; for writing also when nobody reads."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY
+        try:
+            while True:
+                descriptor = os.open(self.path, flags, 0o644)
+                with open(descriptor, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
+                    # While this waited, another process may have put a compact file in its place.
+                    if os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                        yield file
+                        return
+        except OSError as error:
+            verb = "write" if write else "read"
+            raise UserError(f"cannot {verb} {self.path}: {error.strerror or error}") from error
+
+    def _read_on(self, file: BinaryIO) -> None:
+        """Read what has been appended since the last time."""
+        status = os.fstat(file.fileno())
+        if status.st_ino != self._inode or status.st_size < self._end:
+            self._forget()
+            self._inode = status.st_ino
+        file.seek(self._end)
+        try:
+            for end, member in _members(file):
+                for line in member.splitlines():
+                    self._take(line)
+                self._end = end
+        except _TornError:
+            print(
+                f"note: the last record of {self.path} was not written to its end and is left out; "
+                f"its run is done again",
+                file=sys.stderr,
+            )
+        except (zlib.error, ValueError) as error:
+            self._forget()
+            raise UserError(
+                f"{self.path} is not a whole records file ({one_line(error)}); move it away to "
+                f"have its runs done again"
+            ) from error
+
+    def _take(self, line: bytes) -> None:
+        self._lines += 1
+        try:
+            record = json.loads(line)
+            schema = record["schema"]
+            if schema == SCHEMA:
+                record["config"] = _require_whole(record).as_dict()
+        except UserError as error:
+            reason = str(error)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = one_line(error)
+        else:
+            if schema == SCHEMA:
+                self._records[RunConfig.from_dict(record["config"]).key()] = record
+                return
+            reason = f"it has the format {schema!r}, and this version reads {SCHEMA}"
+        number = self._lines
+        self._forget()
+        raise UserError(
+            f"line {number} of {self.path} is not a whole record ({reason}); take it out, or move "
+            f"the file away to have its runs done again"
+        )
+
+
+class _TornError(Exception):
+    """The file ends within a record."""
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the content of each gzip member from here on, and where it ends in the file.
+
+    Raises:
+        _TornError: the file ends within a member of one record.
+        ValueError: it ends within a member of several, or holds something else.
+        zlib.error: a member is damaged.
+    """
+    rest = b""
+    while True:
+        decoder = zlib.decompressobj(wbits=31)
+        content, begun = b"", False
+        while not decoder.eof:
+            chunk, rest = rest or file.read(2**20), b""
+            if not chunk and not begun:
+                return
+            if not chunk:
+                if b"\n" in content[:-1]:
+                    raise ValueError("it is cut off")
+                raise _TornError
+            if not begun and chunk[:2] != b"\x1f\x8b"[: len(chunk)]:
+                raise ValueError("it is not compressed by gzip")
+            begun = True
+            content += decoder.decompress(chunk)
+        rest = decoder.unused_data
+        yield file.tell() - len(rest), content
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _drop_further_maps(records: Iterable[Record]) -> None:
+    def of(record: Record) -> tuple[str, int]:
+        config = record["config"]
+        return json.dumps({**config, "seed": None}, sort_keys=True), config["seed"]
+
+    seen = set()
+    for record in sorted((r for r in records if "error" not in r), key=of):
+        setting, _ = of(record)
+        if setting in seen:
+            record.pop("accumulator_maps", None)
+        seen.add(setting)
 
 
 def _digest(config: RunConfig) -> str:
@@ -100,93 +279,55 @@ def _digest(config: RunConfig) -> str:
     return hashlib.sha256(config.key().encode()).hexdigest()[:8]
 
 
-def describe_failure(result: Mapping[str, Any]) -> str:
+def describe_failure(record: Mapping[str, Any]) -> str:
     """Return which run failed and why, on one line."""
-    config = result["config"]
-    return f"{config['method']}, seed {config['seed']}: {result['error']}"
+    config = record["config"]
+    return f"{config['method']}, seed {config['seed']}: {record['error']}"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash.
+def current_commit() -> str | None:
+    """Return the commit of the clone that this code is in, ``-dirty`` if the code was changed.
 
-    Raises:
-        UserError: it cannot be written.
+    None without a clone or without git.
     """
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    make_folder(path.parent)
+    root = Path(__file__).parents[2]
+    code = ("avalanche_classp", "experiments", ":(exclude)experiments/results")
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    if not (root / ".git").exists():  # installed, perhaps inside of another project's clone
+        return None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's is for the owner alone
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        commit = git("rev-parse", "HEAD")
+        return commit + "-dirty" * bool(git("status", "--porcelain", "--", *code))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, if it is not there.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        schema = result["schema"]
-        if schema == SCHEMA:
-            # Older versions left out what had its default.
-            result["config"] = _require_whole(result).as_dict()
-    except UserError as error:
-        reason = str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    else:
-        if schema == SCHEMA:
-            return result
-        raise UserError(
-            f"{path} has the result format {schema!r}, this version reads {SCHEMA}; "
-            f"use the version that wrote it, or move the file away"
-        )
-    raise UserError(
-        f"{path} is not a whole result file ({reason}); move it away to have the run done again"
-    )
-
-
-def _require_whole(result: Mapping[str, Any]) -> RunConfig:
+def _require_whole(record: Mapping[str, Any]) -> RunConfig:
     """Return the config; raise if something is not as the report needs it."""
-    config = RunConfig.from_dict(result["config"])
+    config = RunConfig.from_dict(record["config"])
     for key in ("command", "error"):
-        _require(key, result.get(key, ""), str)
-    if "error" in result:
+        _require(key, record.get(key, ""), str)
+    if "error" in record:
         return config
-    _require("setting", result["setting"], str)
-    _require("environment", result.get("environment", {}), dict)
+    _require("setting", record["setting"], str)
+    _require("environment", record.get("environment", {}), dict)
     for key, (least, most) in _NUMBERS.items():
-        if result[key] is not None or key in _ALWAYS:
-            _require_number(key, result[key], least, most)
-    matrix = _table("accuracy_matrix", result["accuracy_matrix"], 0, 1)
+        if record[key] is not None or key in _ALWAYS:
+            _require_number(key, record[key], least, most)
+    matrix = _table("accuracy_matrix", record["accuracy_matrix"], 0, 1)
     # Joint training and validation runs have one row.
     if len(matrix) not in (1, config.experiences) or len(matrix[0]) != config.experiences:
         raise ValueError(
             f"accuracy_matrix is of {len(matrix)} × {len(matrix[0])}, not of the "
             f"{config.experiences} experiences"
         )
-    _table("eval_seconds", [result["eval_seconds"]], 0, 1e12)
-    _require("accumulator_maps", result.get("accumulator_maps") or [], list)
-    for image in result.get("accumulator_maps") or []:
+    _table("eval_seconds", [record["eval_seconds"]], 0, 1e12)
+    _require("accumulator_maps", record.get("accumulator_maps") or [], list)
+    for image in record.get("accumulator_maps") or []:
         _table("accumulator_maps", image, 0, sys.float_info.max)
     return config
 

@@ -6,6 +6,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +42,7 @@ from experiments.running.tensorboard import Board, open_board
 
 EVAL_BATCH_SIZE = 512
 
-Judge = Callable[[int, Callable[[], float]], None]
+Report = Callable[[int, Callable[[], float]], None]
 
 
 def run(
@@ -49,11 +50,11 @@ def run(
     data_root: Path | None = None,
     progress: Callable[[], object] = lambda: None,
     logs: Path | None = None,
-    judge: Judge | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate one config, on one thread, with Avalanche's loop and metrics.
 
-    A validation run is evaluated after the last experience only, but for what ``judge`` is told.
+    A validation run is evaluated after the last experience only, but for what ``report`` asks.
 
     Args:
         config: what to run.
@@ -61,7 +62,7 @@ def run(
         progress: called after each experience is trained and evaluated.
         logs: TensorBoard log directory, emptied first; see :mod:`.tensorboard`. The
             numbers are the same with and without. Default: none.
-        judge: called in a validation run after each experience but the last with the number of
+        report: called in a validation run after each experience but the last with the number of
             experiences so far and a function that measures the mean accuracy on them; what it
             raises ends the run, and what it measures changes nothing of it.
 
@@ -73,7 +74,7 @@ def run(
         DivergedError: the weights, or CLASSP's gradients, became non-finite.
     """
     with open_board(logs, config) as board:
-        result = _run(config, data_root, progress, board, judge)
+        result = _run(config, data_root, progress, board, report)
         board.finish(result)
     return result
 
@@ -83,7 +84,7 @@ def _run(
     data_root: Path | None,
     progress: Callable[[], object],
     board: Board,
-    judge: Judge | None,
+    report: Report | None,
 ) -> dict[str, Any]:
     # With one thread a run gives the same numbers alone and beside others.
     torch.set_num_threads(1)
@@ -119,7 +120,7 @@ def _run(
     memory.start_thread()
     started = time.perf_counter()
     try:
-        steps = _train(strategy, benchmark, config, progress, board, judge)
+        steps = _train(strategy, benchmark, config, progress, board, report)
     except NonFiniteGradientError as error:
         raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
     finally:
@@ -164,7 +165,7 @@ def _train(
     config: RunConfig,
     progress: Callable[[], object],
     board: Board,
-    judge: Judge | None,
+    report: Report | None,
 ) -> list[dict[str, Any]]:
     """Evaluate, then train experience by experience (joint training: all at once) and evaluate.
 
@@ -189,8 +190,8 @@ def _train(
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
             step["map"] = accumulator_map(strategy, BENCHMARKS[config.benchmark].shape)
-        elif judge is not None:
-            judge(i + 1, partial(_mean_accuracy, strategy, test[: i + 1]))
+        elif report is not None:
+            report(i + 1, partial(_mean_accuracy, strategy, test[: i + 1]))
         steps.append(step)
         board.after_experience(strategy)
         progress()
@@ -289,5 +290,15 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
         "threads": "1",
     }
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    with suppress(OSError):  # no Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
@@ -19,6 +18,7 @@ from avalanche_classp import in_memory
 from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
 from experiments.protocol.methods import METHODS
 from experiments.protocol.models import make_model
+from experiments.running.matrix_figures import new_figure
 from experiments.running.memory import method_state_bytes
 
 METHOD_NAMES = ("naive", "classp", "ewc", "ewc-online", "si")
@@ -50,32 +50,26 @@ def measure_growth(lengths: Sequence[int], data_root: Path | None, output: Path 
     )
     strategies = {name: _strategy(name) for name in METHOD_NAMES}
     parameters = sum(p.numel() for p in strategies["naive"].model.parameters())
-    rows: list[dict[str, Any]] = []
-    experiences = tqdm(benchmark.train_stream, unit="experience", desc="growth")
-    for i, experience in enumerate(experiences):
+    rows = []
+    for i, experience in enumerate(tqdm(benchmark.train_stream, unit="experience", desc="growth")):
         for name, strategy in strategies.items():
             began = time.perf_counter()
             strategy.train(experience, eval_streams=[])
             seconds = time.perf_counter() - began
-            size = method_state_bytes(strategy)
-            rows.append(
-                {"method": name, "experience": i + 1, "seconds": seconds, "state_bytes": size}
-            )
+            rows.append((name, i + 1, seconds, method_state_bytes(strategy)))
+    frame = pd.DataFrame(rows, columns=["method", "experience", "seconds", "state_bytes"])
     samples = len(benchmark.train_stream[0].dataset)
     print(
         f"\nGrowth on {BENCHMARK}, {MODEL} ({parameters} parameters), {samples} samples an "
         f"experience, mini-batches of {BATCH}, one epoch"
     )
     for name in METHOD_NAMES:
-        own = [row for row in rows if row["method"] == name]
+        own = frame[frame["method"] == name]
         print(f"  {name}: {'; '.join(_at(own, n, parameters) for n in sorted(lengths))}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        with open(output / "growth.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row, "seconds": f"{row['seconds']:.4f}"} for row in rows)
-        draw(rows, output / "growth.png")
+        frame.to_csv(output / "growth.csv", index=False, float_format="%.4f", lineterminator="\n")
+        draw(frame, output / "growth.png")
 
 
 def _strategy(name: str) -> Any:
@@ -95,30 +89,23 @@ def _strategy(name: str) -> Any:
     )
 
 
-def _at(rows: Sequence[dict[str, Any]], experience: int, parameters: int) -> str:
+def _at(own: pd.DataFrame, experience: int, parameters: int) -> str:
     """Say what the experiences up to one took; of the time the median of the last five."""
-    last = rows[max(0, experience - 5) : experience]
-    seconds = median(row["seconds"] for row in last)
-    size = last[-1]["state_bytes"] / parameters
-    return f"{seconds:.2f} s and {size:.1f} bytes a parameter at {experience}"
+    last = own[own["experience"].between(experience - 4, experience)]
+    size = last["state_bytes"].iloc[-1] / parameters
+    return f"{last['seconds'].median():.2f} s and {size:.1f} bytes a parameter at {experience}"
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(frame: pd.DataFrame, path: Path) -> None:
     """Draw seconds and bytes over experiences."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name in METHOD_NAMES:
-        own = [row for row in rows if row["method"] == name]
-        x = [row["experience"] for row in own]
-        axes[0].plot(x, [row["seconds"] for row in own], label=name)
+    figure = new_figure(9, 3.6)
+    seconds, state = figure.subplots(1, 2)
+    for name, own in frame.groupby("method", sort=False):
+        look = {"label": name, "color": METHODS[str(name)].style.colour}
+        seconds.plot(own["experience"], own["seconds"], **look)
         if name != "naive":
-            axes[1].plot(x, [row["state_bytes"] / 2**20 for row in own], label=name)
-    axes[0].set(xlabel="experience", ylabel="seconds of training", ylim=0)
-    axes[1].set(xlabel="experience", ylabel="state in MiB", ylim=0)
-    axes[0].legend()
+            state.plot(own["experience"], own["state_bytes"] / 2**20, **look)
+    seconds.set(xlabel="experience", ylabel="seconds of training", ylim=0)
+    state.set(xlabel="experience", ylabel="state in MiB", ylim=0)
+    seconds.legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -12,18 +12,25 @@ from typing import Any
 import torch
 from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.training import EWC, Naive
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
-from avalanche_classp import CLASSP, classp_metrics, in_memory
+from avalanche_classp import classp_metrics, in_memory
 from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
+from experiments.protocol.config import Hyper
+from experiments.protocol.methods import METHODS
 from experiments.protocol.models import make_model
 from experiments.running.timing import Clocked
 from experiments.speed.measure import ratio
 
 TRAIN_BATCH, EVAL_BATCH = 128, 512
+HYPER: dict[str, Hyper] = {
+    "naive": {"lr": 0.05},
+    "ewc": {"lr": 0.05, "ewc_lambda": 1.0},
+    "classp": {},
+}
+"""Hyper-parameters other than the methods' defaults."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +69,17 @@ class Seconds:
         return sum(self.train) + self.evaluation
 
 
-def measure_loading(
-    name: str, case: Case, experiences: int, pairs: int, data_root: Path | None
-) -> None:
+def measure_loading(name: str, case: Case, quick: bool, pairs: int, data_root: Path | None) -> None:
     """Compare plain SGD, training and evaluation after each experience, on both data paths."""
+    experiences = case.experiences[not quick]
     stock = _benchmark(name, experiences, data_root)
     turns: list[tuple[Seconds, Seconds]] = []
     for _ in range(pairs):
-        slow = _run(_naive, stock, case.model, name)
+        slow = _run("naive", stock, case.model, name)
         began = time.perf_counter()
         fast_benchmark = in_memory(stock)
         preparation = time.perf_counter() - began
-        fast = _run(_naive, fast_benchmark, case.model, name)
+        fast = _run("naive", fast_benchmark, case.model, name)
         fast.train[0] += preparation
         turns.append((slow, fast))
     same = all(
@@ -93,19 +99,14 @@ def measure_classp(pairs: int, data_root: Path | None) -> None:
     """Compare CLASSP with naive SGD and with EWC, all on the in-memory path."""
     benchmark = in_memory(_benchmark("split-mnist", 5, data_root))
     turns = [
-        tuple(_run(make, benchmark, "mlp-400", "split-mnist") for make in (_naive, _classp, _ewc))
+        [_run(method, benchmark, "mlp-400", "split-mnist") for method in ("naive", "classp", "ewc")]
         for _ in range(pairs)
     ]
     print("\nsplit-mnist, mlp-400, seconds of training in memory, one epoch per experience")
-    naive = [(run[0], run[1]) for run in turns]
-    ewc = [(run[2], run[1]) for run in turns]
+    naive, later = zip(*(((sgd, ours), (ewc, ours)) for sgd, ours, ewc in turns), strict=True)
     _print_ratio("naive / CLASSP", naive, lambda run: sum(run.train), "target 0.952 (1 / 1.05)")
-    _print_ratio(
-        "EWC / CLASSP, from the second experience on",
-        ewc,
-        lambda run: sum(run.train[1:]),
-        "target 1",
-    )
+    what = "EWC / CLASSP, from the second experience on"
+    _print_ratio(what, later, lambda run: sum(run.train[1:]), "target 1")
 
 
 METRICS: dict[str, dict[str, Any]] = {
@@ -127,10 +128,10 @@ def measure_metrics(pairs: int, data_root: Path | None) -> None:
         for name, arguments in METRICS.items():
             metrics = classp_metrics(**arguments) if arguments else []
             seconds[name].append(
-                sum(_run(_classp, benchmark, "mlp-400", "split-mnist", *metrics).train)
+                sum(_run("classp", benchmark, "mlp-400", "split-mnist", *metrics).train)
             )
             clocks = [Clocked(metric) for metric in metrics]
-            _run(_classp, benchmark, "mlp-400", "split-mnist", *clocks)
+            _run("classp", benchmark, "mlp-400", "split-mnist", *clocks)
             inside[name].append(sum(clock.seconds for clock in clocks))
     step = 1000 * median(seconds["none"]) / steps
     print(f"\nsplit-mnist, mlp-400, CLASSP: {steps} steps of {step:.2f} ms, n = {pairs}")
@@ -152,27 +153,15 @@ def _model(model: str, name: str) -> nn.Module:
     return make_model(model, spec.shape, spec.classes, multi_head=False)
 
 
-def _naive(model: nn.Module, **options: Any) -> Any:
-    return Naive(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), **options)
-
-
-def _ewc(model: nn.Module, **options: Any) -> Any:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    return EWC(model=model, optimizer=optimizer, ewc_lambda=1.0, **options)
-
-
-def _classp(model: nn.Module, **options: Any) -> Any:
-    return CLASSP(model=model, lr=0.001, **options)
-
-
-def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str, *metrics: Any) -> Seconds:
-    strategy = make(
-        _model(model, name),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=TRAIN_BATCH,
-        eval_mb_size=EVAL_BATCH,
-        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), *metrics, loggers=[]),
-    )
+def _run(method: str, benchmark: Any, model: str, name: str, *metrics: Any) -> Seconds:
+    common = {
+        "criterion": nn.CrossEntropyLoss(),
+        "train_mb_size": TRAIN_BATCH,
+        "eval_mb_size": EVAL_BATCH,
+        "evaluator": EvaluationPlugin(accuracy_metrics(experience=True), *metrics, loggers=[]),
+    }
+    hyper = {**METHODS[method].defaults, **HYPER[method]}
+    strategy = METHODS[method].build(_model(model, name), hyper, common)
     result = Seconds([], 0.0, [])
     for experience in benchmark.train_stream:
         began = time.perf_counter()
@@ -187,22 +176,18 @@ def _run(make: Callable[..., Any], benchmark: Any, model: str, name: str, *metri
 
 def _print_ratio(
     what: str,
-    turns: Sequence[tuple[Seconds, Seconds]],
+    turns: Sequence[Sequence[Seconds]],
     seconds: Callable[[Seconds], float],
     target: str = "",
 ) -> None:
-    first, second = ([seconds(turn[i]) for turn in turns] for i in (0, 1))
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    first, second = ([seconds(run) for run in runs] for runs in zip(*turns, strict=True))
     print(
-        f"  {what}: {median(ratios):.2f} times [{min(ratios):.2f} to {max(ratios):.2f}], "
-        f"n = {len(ratios)}; {median(first):.2f} s against {median(second):.2f} s"
-        + (f"; {target}" if target else "")
+        f"  {what}: {ratio(first, second)} times, n = {len(first)}; {median(first):.2f} s against "
+        f"{median(second):.2f} s{target and f'; {target}'}"
     )
 
 
-def _print_shares(
-    model: str, name: str, stock: Any, turns: Sequence[tuple[Seconds, Seconds]]
-) -> None:
+def _print_shares(model: str, name: str, stock: Any, turns: Sequence[Sequence[Seconds]]) -> None:
     """Say what the in-memory time is made of, and what a loader of no cost would give."""
     benchmark = in_memory(stock)
     loading = _loading_seconds(benchmark)

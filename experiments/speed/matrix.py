@@ -21,9 +21,14 @@ BATCH_SIZE = 128
 MODELS: dict[str, Shape] = {"mlp-256": (1, 28, 28), "mlp-1000": (1, 28, 28), "cnn": (3, 32, 32)}
 WAYS: dict[str, dict[str, Any]] = {
     "paper's rule": {},
-    "rank 32": {"rank": 32, "epsilon": 1.0},
-    "rank 128": {"rank": 128, "epsilon": 1.0},
-    "rank 128, both sides": {"rank": 128, "epsilon": 1.0, "both_sides": True},
+    "rank 32": {"history": "gradients", "rank": 32, "epsilon": 1.0},
+    "rank 128": {"history": "gradients", "rank": 128, "epsilon": 1.0},
+    "rank 128, both sides": {
+        "history": "gradients",
+        "rank": 128,
+        "epsilon": 1.0,
+        "both_sides": True,
+    },
 }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 import torch
+
+from experiments.running.run import cpu_model
 
 CPU = torch.device("cpu")
 
@@ -18,19 +20,10 @@ def machine(threads: int, device: torch.device) -> str:
     """Return a line on the processor, the accelerator if one is used, and the versions."""
     packages = ("torch", "torchvision", "avalanche-lib", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    processor = _processor()
+    processor = f"{os.cpu_count()} × {cpu_model()}"
     if device.type == "cuda":
         processor += f", {torch.cuda.get_device_name(device)}"
     return f"{processor}, {threads} thread(s); Python {platform.python_version()}, {versions}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.machine()
 
 
 def in_turn(

@@ -1,41 +1,32 @@
-"""Search one setting of CLASSP for all benchmarks: where the library's defaults come from.
-
-    python -m experiments.tuning.defaults [--trials N] [--try LR EPSILON POWER]... [--output FOLDER]
-        [--data-root FOLDER]
+"""One setting of CLASSP for all benchmarks: where the library's defaults come from.
 
 Every trial trains with the same values on all of :data:`PLACES`, on parts of the training data, and
-is judged on validation data cut from it; its value is the mean over the benchmarks of the mean
-accuracy over their scenarios. The first trials are those of ``--try``, with threshold 0; where it
-is not given, :data:`FORMER` and what was chosen for each benchmark alone
-(experiments/settings.json). The others are Optuna's. What is done is kept in
-``FOLDER/defaults.journal``, so the same command goes on after an interruption, and several of them
-share the work. ``defaults.csv`` lists all trials.
+is measured on validation data cut from it. Its value is the mean over the benchmarks of the mean
+accuracy over their scenarios.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.trial import FixedTrial, Trial
 from tqdm import tqdm
 
-from experiments.arguments import positive, script_parser
-from experiments.errors import DivergedError, UserError, exit_code
+from experiments.errors import DivergedError, UserError
 from experiments.protocol.benchmarks import BENCHMARKS, require_data
 from experiments.protocol.config import Hyper
+from experiments.protocol.methods import rule_space
 from experiments.protocol.tuned_settings import make_config, searched_setting
-from experiments.running.records import make_folder, write_atomically
+from experiments.running.files import make_folder, write_atomically
 from experiments.running.run import run
-from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study, rule_space
+from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study
 
 PLACES: dict[str, dict[str, Any]] = {
     "split-digits": {"train_share": 1.0},
@@ -54,25 +45,38 @@ FORMER: Hyper = {"lr": 0.01, "threshold": 0.0, "epsilon": 1e-4, "power": 1.0}
 
 
 def search_defaults(
-    trials: int, folder: Path, data_root: Path | None = None, first: Sequence[Hyper] = ()
-) -> None:
-    """Search until there are so many trials in the folder, and print the best.
+    trials: int = 40,
+    first: Sequence[tuple[float, float, float]] = (),
+    output: Path = Path("results/defaults"),
+    data_root: Path | None = None,
+) -> str:
+    """Search until the folder has so many trials, and write ``defaults.csv``.
 
     Args:
         trials: their number.
-        folder: keeps them.
-        data_root: see :func:`experiments.protocol.benchmarks.make_benchmark`.
-        first: what a new search tries first. Default: :data:`FORMER` and the searched settings.
+        first: lr, epsilon and power of what a new search tries first, with threshold 0. Default:
+            :data:`FORMER` and the searched settings.
+        output: the folder that keeps the trials.
+        data_root: folder of the datasets.
+
+    Returns:
+        The best mean accuracy and its hyper-parameters, to print.
 
     Raises:
         UserError: the data is missing, the folder holds another search, or a value in ``first`` is
             none that the search could suggest.
     """
-    enqueued = [_parameters(hyper) for hyper in first or (FORMER, *_searched())]
-    make_folder(folder)
-    study = open_study("defaults", folder, known=())
+    for name in PLACES:
+        require_data(name, BENCHMARKS[name].scenarios[0], data_root)
+    tried: list[Hyper] = [
+        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
+        for lr, epsilon, power in first
+    ]
+    enqueued = [_parameters(hyper) for hyper in tried or (FORMER, *_searched())]
+    make_folder(output)
+    study = open_study("defaults", output, known=())
     if study.user_attrs.get("places", PLACES) != PLACES:
-        raise UserError(f"{folder} holds a search on other benchmarks; give another --output")
+        raise UserError(f"{output} holds a search on other benchmarks; give another --output")
     study.set_user_attr("places", PLACES)
     if not study.trials:
         for parameters in enqueued:
@@ -81,11 +85,11 @@ def search_defaults(
         while (done := len(ended_trials(study))) < trials:
             bar.update(done - bar.n)
             study.sampler = optuna.samplers.TPESampler(seed=done)
-            study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+            study.optimize(lambda trial: _objective(trial, data_root), n_trials=1)
         bar.update(trials - bar.n)
-    write_atomically(folder / "defaults.csv", _trials_csv(study))
+    write_atomically(output / "defaults.csv", _trials_csv(study))
     best = study.best_trial
-    print(f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}")
+    return f"{best.value:.4f} {json.dumps(best.user_attrs['hyper'])}"
 
 
 def _parameters(hyper: Hyper) -> dict[str, Any]:
@@ -110,15 +114,20 @@ def _searched() -> Iterator[Hyper]:
                 yield setting.hyper
 
 
-def _value(trial: Trial, data_root: Path | None) -> float:
+def _objective(trial: Trial, data_root: Path | None) -> float:
+    """Return the mean over the benchmarks of the mean accuracy over their scenarios."""
     hyper = rule_space(trial)
     trial.set_user_attr("hyper", hyper)
-    found: dict[str, float] = {}
-    for name, part in PLACES.items():
-        for scenario in BENCHMARKS[name].scenarios:
-            found[f"{name}/{scenario}"] = _accuracy(name, scenario, hyper, part, data_root)
-    trial.set_user_attr("accuracies", found)
-    return _mean_over_benchmarks(found)
+    found = {
+        name: {
+            f"{name}/{scenario}": _accuracy(name, scenario, hyper, part, data_root)
+            for scenario in BENCHMARKS[name].scenarios
+        }
+        for name, part in PLACES.items()
+    }
+    accuracies = {place: value for own in found.values() for place, value in own.items()}
+    trial.set_user_attr("accuracies", accuracies)
+    return fmean(fmean(own.values()) for own in found.values())
 
 
 def _accuracy(
@@ -143,56 +152,14 @@ def _accuracy(
         return 0.0
 
 
-def _mean_over_benchmarks(found: dict[str, float]) -> float:
-    return fmean(
-        fmean(value for place, value in found.items() if place.startswith(f"{name}/"))
-        for name in PLACES
-    )
-
-
 def _trials_csv(study: optuna.Study) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    trials = ended_trials(study)
-    places = list(trials[0].user_attrs["accuracies"])
-    writer.writerow(["trial", "mean_accuracy", *places, "hyper"])
-    for number, trial in enumerate(trials):
-        accuracies: Iterable[float] = trial.user_attrs["accuracies"].values()
-        values = [f"{value:.6f}" for value in (trial.value or 0.0, *accuracies)]
-        writer.writerow([number, *values, json.dumps(trial.user_attrs["hyper"])])
-    return out.getvalue()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    parser = script_parser("experiments.tuning.defaults", __doc__)
-    parser.add_argument("--trials", type=positive, default=40, help="default: %(default)s")
-    parser.add_argument(
-        "--try",
-        dest="first",
-        nargs=3,
-        action="append",
-        default=[],
-        type=float,
-        metavar=("LR", "EPSILON", "POWER"),
-        help="what a new search tries first, with threshold 0; may be given several times",
-    )
-    parser.add_argument("--output", type=Path, default=Path("results/defaults"), metavar="FOLDER")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
-    options = parser.parse_args(arguments)
-
-    first: list[Hyper] = [
-        {"lr": lr, "threshold": 0.0, "epsilon": epsilon, "power": power}
-        for lr, epsilon, power in options.first
+    rows = [
+        {
+            "trial": number,
+            "mean_accuracy": trial.value,
+            **trial.user_attrs["accuracies"],
+            "hyper": json.dumps(trial.user_attrs["hyper"]),
+        }
+        for number, trial in enumerate(ended_trials(study))
     ]
-
-    def work() -> None:
-        for name in PLACES:
-            require_data(name, BENCHMARKS[name].scenarios[0], options.data_root)
-        search_defaults(options.trials, options.output, options.data_root, first)
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return pd.DataFrame(rows).to_csv(index=False, float_format="%.6f", lineterminator="\n")

@@ -2,142 +2,40 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import BaseTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
 from experiments.errors import DivergedError, UserError, one_line
 from experiments.protocol.benchmarks import require_data
 from experiments.protocol.config import Hyper, RunConfig
+from experiments.protocol.methods import METHODS
 from experiments.protocol.tuned_settings import Setting, make_config, place_of
-from experiments.running.processes import make_pool, stop
-from experiments.running.records import make_folder, write_atomically
+from experiments.running.files import make_folder, write_atomically
+from experiments.running.processes import WorkerDiedError, in_processes
 from experiments.running.run import run
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""
 
 
-def rule_space(trial: BaseTrial) -> dict[str, Any]:
-    """Suggest CLASSP's own hyper-parameters."""
-    return {
-        "lr": _log(trial, "lr", 1e-4, 0.3),
-        "threshold": _log(trial, "threshold", 1e-8, 1e-3) if _flag(trial, "sparse") else 0.0,
-        "epsilon": _log(trial, "epsilon", 1e-12, 5.0),
-        "power": trial.suggest_float("power", 0.5, 3.0),
-    }
-
-
 FEWEST_TO_COMPARE = 8
-"""Trials that must have come as far before one can be cut short."""
-
-
-def matrix_space(trial: Trial) -> dict[str, Any]:
-    """Suggest the hyper-parameters of matrix accumulators."""
-    rule = _matrix_rule(trial, free_rate=(0.01, 1.0), epsilon=(1e-4, 5.0), power=(0.5, 2.5))
-    return {**rule, "both_sides": _flag(trial, "both_sides")}
-
-
-def _consolidated_space(trial: Trial) -> dict[str, Any]:
-    rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
-    return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
-
-
-_Limits = tuple[float, float]
-
-
-def _matrix_rule(
-    trial: Trial, free_rate: _Limits, epsilon: _Limits, power: _Limits
-) -> dict[str, float]:
-    rate, eps = _log(trial, "free_rate", *free_rate), _log(trial, "epsilon", *epsilon)
-    exponent = trial.suggest_float("power", *power)
-    return {"lr": rate * eps ** (1 / exponent), "epsilon": eps, "power": exponent}
-
-
-_Space = Callable[[Trial], dict[str, Any]]
-
-_PENALTIES: dict[str, _Space] = {
-    "ewc": lambda t: {"ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7)},
-    "si": lambda t: {
-        "si_lambda": _log(t, "si_lambda", 1e-3, 1e7),
-        "eps": _log(t, "eps", 1e-4, 1.0),
-    },
-    "mas": lambda t: {
-        "lambda_reg": _log(t, "lambda_reg", 1e-5, 1e5),
-        "alpha": t.suggest_float("alpha", 0.0, 1.0),
-    },
-    "lwf": lambda t: {
-        "alpha": _log(t, "alpha", 1e-2, 1e2),
-        "temperature": t.suggest_float("temperature", 1.0, 4.0),
-    },
-}
-"""What these methods add to the loss; how the sum is followed down is another space."""
-
-
-def _sgd_space(trial: Trial) -> dict[str, Any]:
-    return {"lr": _log(trial, "lr", 1e-5, 1.0)}
-
-
-def _both(first: _Space, second: _Space) -> _Space:
-    return lambda trial: {**first(trial), **second(trial)}
-
-
-SPACES: dict[str, _Space] = {
-    "naive": _sgd_space,
-    "adagrad": lambda t: {"lr": _log(t, "lr", 1e-5, 0.3)},
-    "adam": lambda t: {"lr": _log(t, "lr", 1e-7, 0.1)},
-    **{method: _both(_sgd_space, own) for method, own in _PENALTIES.items()},
-    "ewc-online": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-3, 1e7),
-        "decay_factor": t.suggest_float("decay_factor", 0.5, 1.0),
-    },
-    "rwalk": lambda t: {
-        "lr": _log(t, "lr", 1e-5, 1.0),
-        "ewc_lambda": _log(t, "ewc_lambda", 1e-5, 1e5),
-        "ewc_alpha": t.suggest_float("ewc_alpha", 0.1, 1.0),
-        "delta_t": t.suggest_int("delta_t", 1, 100, log=True),
-    },
-    "replay": _sgd_space,
-    "joint": _sgd_space,
-    "classp": lambda t: {**rule_space(t), "paper_phases": _flag(t, "paper_phases")},
-    "classp-matrix": matrix_space,
-    "classp-consolidated": _consolidated_space,
-    **{f"{method}-matrix": _both(own, matrix_space) for method, own in _PENALTIES.items()},
-}
-"""Each method's space. Learning rates reach down to where a method hardly moves, because slow
-learning alone forgets less; a penalty's weight spans ten orders of magnitude, because Avalanche's
-importances depend on the batch size and the number of steps; distillation's spans four, around the
-weight of the loss itself; Adam moves every weight by about lr in each step, so its lr goes lower
-than the others'; CLASSP's epsilon reaches down to where it is AdaGrad with power 2. The
-size of the replay buffer is not searched: more is better. With matrix accumulators lr follows from
-the rate in directions that are still free, lr / epsilon^(1/power), which is SGD's and has SGD's
-limits; the rank is not searched, for the same reason as the buffer. With consolidation the rate
-goes to 3: what was learnt is protected by the factor, and trials with the other space had their
-best rates at its end."""
+"""Trials that must have come as far before one can be pruned."""
 
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-
-
-def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
-    return trial.suggest_float(name, low, high, log=True)
-
-
-def _flag(trial: BaseTrial, name: str) -> bool:
-    return trial.suggest_categorical(name, [False, True])
 
 
 def search(
@@ -159,9 +57,9 @@ def search(
     """Search each method's settings; continue a search that was cut off in the same folder.
 
     A trial's value is the average accuracy on validation data, mean over the tuning seeds; a
-    trial whose training diverges has none, and counts. So does one that is cut short: after half
-    of the experiences (not after the first), with the first tuning seed, its mean accuracy on
-    them is compared with that of the earlier trials; below their median, if there are
+    trial whose training diverges has none, and counts. So does one that is pruned: after half of
+    the experiences (not after the first), with the first tuning seed, its mean accuracy on them is
+    compared with that of the earlier trials; below their median, if there are
     :data:`FEWEST_TO_COMPARE`, it ends. The sampler is Optuna's TPE, seeded by the number of trials
     begun.
 
@@ -194,17 +92,9 @@ def search(
         UserError: the data is missing, the folder holds another search, or no trial of a method
             succeeded.
     """
-    for method in methods:
-        # Wrong arguments are refused before anything is written.
-        make_config(
-            benchmark,
-            scenario,
-            method,
-            FIRST_TUNING_SEED,
-            validation=True,
-            train_share=train_share,
-            **fixed,
-        )
+    place, seed = (benchmark, scenario), FIRST_TUNING_SEED
+    for method in methods:  # wrong arguments are refused before anything is written
+        make_config(*place, method, seed, validation=True, train_share=train_share, **fixed)
     make_folder(folder)
     require_data(benchmark, scenario, data_root)
     arguments = {
@@ -228,30 +118,21 @@ def search(
                 f"another --output"
             )
         study.set_user_attr("arguments", arguments)
+    tasks = [(method, folder, trials, finalists, finalist_seeds, data_root) for method in methods]
     with (
-        make_pool(min(jobs, len(methods))) as pool,
+        closing(in_processes(_search_method, tasks, jobs)) as ended,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
-        futures = [
-            pool.submit(
-                _search_method, method, folder, trials, finalists, finalist_seeds, data_root
-            )
-            for method in methods
-        ]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        except BaseException:
-            stop(pool)
-            raise
+        for number, outcome in ended:
+            if isinstance(outcome, WorkerDiedError):
+                raise UserError(f"the search of {methods[number]}: {outcome}")
+            bar.update()
     searched = [path.stem for path in sorted(folder.glob("*.journal"))]
     # Another search of other methods may have just begun.
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
-    place = place_of(benchmark, scenario, fixed.get("model"))
-    chosen = {place: {m: s.as_dict() for m, s in settings.items()}}
+    chosen = {place_of(*place, fixed.get("model")): {m: s.as_dict() for m, s in settings.items()}}
     write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
     return {method: settings[method] for method in methods}
 
@@ -263,13 +144,14 @@ def _search_method(
     finalists: int,
     finalist_seeds: int,
     data_root: Path | None,
+    send: Callable[[Any], None],
 ) -> None:
     study = open_study(method, folder)
     while len(ended_trials(study)) < trials:
         # With those that another process has begun: it would begin with the same values.
         begun = len(study.get_trials(deepcopy=False))
         study.sampler = optuna.samplers.TPESampler(seed=begun)
-        study.optimize(lambda trial: _value(trial, data_root), n_trials=1)
+        study.optimize(lambda trial: _objective(trial, data_root), n_trials=1)
     _run_finalists(study, finalists, finalist_seeds, data_root)
 
 
@@ -300,38 +182,45 @@ def config_of(
     )
 
 
-def _value(trial: Trial, data_root: Path | None) -> float:
+def _objective(trial: Trial, data_root: Path | None) -> float:
     """Return a trial's mean accuracy over the tuning seeds.
 
     Raises:
-        TrialPruned: it diverged, or was cut short.
+        TrialPruned: it diverged, or was pruned.
     """
     study = trial.study
     arguments = study.user_attrs["arguments"]
     epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-    hyper = SPACES[study.study_name](trial)
+    hyper = METHODS[study.study_name].space(trial)
     trial.set_user_attr("hyper", hyper)
-
-    def judge(experiences: int, measure: Callable[[], float]) -> None:
-        if experiences != max(2, config.experiences // 2):
-            return
-        # Optuna's pruners compare the best value so far, which here is the first one.
-        value = measure()
-        trial.report(value, experiences)
-        others = [t.intermediate_values.get(experiences) for t in ended_trials(study)]
-        if _is_hopeless(value, others):
-            trial.set_user_attr("cut_after", experiences)
-            raise optuna.TrialPruned
-
-    values = []
+    values: list[float] = []
     for seed in range(arguments["tuning_seeds"]):
         config = config_of(study, epochs, hyper, seed)
+        half = max(2, config.experiences // 2)
+        report = None if values else partial(_report_and_prune, trial, half)
         try:
-            result = run(config, data_root, judge=judge if seed == 0 else None)
+            values.append(run(config, data_root, report=report)["average_accuracy"])
         except DivergedError:
             raise optuna.TrialPruned from None
-        values.append(result["average_accuracy"])
     return fmean(values)
+
+
+def _report_and_prune(
+    trial: Trial, half: int, experiences: int, measure: Callable[[], float]
+) -> None:
+    """Half way, prune a trial below the median of the earlier ones.
+
+    Optuna's own pruner would compare it with the trials that were not pruned alone.
+    """
+    if experiences != half:
+        return
+    value = measure()
+    trial.report(value, experiences)
+    earlier = [t.intermediate_values.get(experiences) for t in ended_trials(trial.study)]
+    known = [other for other in earlier if other is not None]
+    if len(known) >= FEWEST_TO_COMPARE and value < median(known):
+        trial.set_user_attr("cut_after", experiences)
+        raise optuna.TrialPruned
 
 
 def _run_finalists(
@@ -358,11 +247,6 @@ def _run_finalists(
             except DivergedError:
                 values.append(0.0)
             study.set_user_attr("finalists", known)
-
-
-def _is_hopeless(value: float, others: Sequence[float | None]) -> bool:
-    known = [other for other in others if other is not None]
-    return len(known) >= FEWEST_TO_COMPARE and value < median(known)
 
 
 _LINE = b'{"op_code":'
@@ -448,19 +332,22 @@ def _with_all_seeds(study: optuna.Study) -> dict[int, float]:
 
 
 def _trials_csv(studies: dict[str, optuna.Study]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["method", "trial", "validation_accuracy", "cut_after", "all_seeds", "epochs", "hyper"]
-    )
+    rows = []
     for method, study in studies.items():
         all_seeds = _with_all_seeds(study)
         for number, trial in enumerate(ended_trials(study)):
             # Of one that was cut short Optuna has the last value that it was compared by.
             whole = trial.state == TrialState.COMPLETE
-            value = f"{trial.value:.6f}" if whole else ""
-            hyper = json.dumps(trial.user_attrs.get("hyper", {}))
-            cut = trial.user_attrs.get("cut_after", "")
-            mean = f"{all_seeds[trial.number]:.6f}" if trial.number in all_seeds else ""
-            writer.writerow([method, number, value, cut, mean, trial.params["epochs"], hyper])
-    return out.getvalue()
+            rows.append(
+                {
+                    "method": method,
+                    "trial": number,
+                    "validation_accuracy": trial.value if whole else None,
+                    "cut_after": trial.user_attrs.get("cut_after"),
+                    "all_seeds": all_seeds.get(trial.number),
+                    "epochs": trial.params["epochs"],
+                    "hyper": json.dumps(trial.user_attrs.get("hyper", {})),
+                }
+            )
+    frame = pd.DataFrame(rows).astype({"cut_after": "Int64"})
+    return frame.to_csv(index=False, float_format="%.6f", lineterminator="\n")

@@ -1,33 +1,27 @@
 """How far the accuracy depends on each hyper-parameter: one is varied, the others stay.
 
-    python -m experiments.tuning.sensitivity --benchmark split-mnist --scenario class
-
-The others are those of ``compare``: what the search chose. Every hyper-parameter that it chose is
-varied, with the final seeds and on test data, so what is seen here may choose nothing. The folder
-receives a result file for each run (what is done is not done again), ``sensitivity.csv`` and
-``sensitivity.png``; experiments/results/README.md explains the columns.
+The others keep what the search chose. The runs have the final seeds and test data, so what is seen
+here may choose nothing.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.arguments import add_jobs, script_parser, seed_count
-from experiments.errors import UserError, exit_code
-from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS
+import pandas as pd
+
+from experiments.errors import UserError
 from experiments.protocol.config import RunConfig
-from experiments.protocol.methods import METHODS, count_steps
+from experiments.protocol.methods import count_steps
 from experiments.protocol.tuned_settings import make_config, searched_setting
 from experiments.reporting.figures import draw_sensitivity
-from experiments.reporting.report import mean_interval
+from experiments.reporting.statistics import mean_interval
 from experiments.running.compare import run_all
-from experiments.running.records import Results, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import Results
 
 RATES = (0.25, 0.5, 2.0, 4.0)
 """What a learning rate is multiplied by."""
@@ -90,127 +84,100 @@ def variations(
                 continue
 
 
-def measure(
-    benchmark: str,
-    scenario: str,
-    methods: Sequence[str],
-    seeds: int,
-    folder: Path,
+def write_sensitivity(
+    benchmark: str = "split-mnist",
+    scenario: str = "class",
+    methods: Sequence[str] = ("classp", "classp-matrix"),
+    seeds: int = 5,
+    output: Path | None = None,
     jobs: int | None = None,
     data_root: Path | None = None,
     command: str = "",
-) -> list[dict[str, Any]]:
-    """Do the runs that are not done yet, and return a row for each value.
+) -> str:
+    """Vary each searched hyper-parameter and write ``sensitivity.csv`` and ``sensitivity.png``.
 
-    Each has what is in :data:`COLUMNS`; a value with which no run ended has no more than ``n``.
+    Runs that are done are not done again.
+
+    Args:
+        benchmark: the benchmark's name.
+        scenario: the scenario's name.
+        methods: the methods' names.
+        seeds: number of seeds, from 0 on.
+        output: the folder. Default: ``results/sensitivity-BENCHMARK-SCENARIO``.
+        jobs: runs at a time. Default: as many as cores.
+        data_root: folder of the datasets.
+        command: saved with each result.
+
+    Returns:
+        A line for each hyper-parameter, its values (*: searched) with their accuracies.
 
     Raises:
         UserError: a method was not searched, the data is missing, or the searched setting failed.
     """
+    folder = output or Path("results") / f"sensitivity-{benchmark}-{scenario}"
     groups: dict[tuple[str, str, Any], list[RunConfig]] = {}
-    for method in methods:
-        for seed in range(seeds):
-            for key, config in variations(benchmark, scenario, method, seed):
-                groups.setdefault((method, key, config.hyper[key]), []).append(config)
+    searched: dict[str, list[RunConfig]] = {}
+    for method, seed in itertools.product(dict.fromkeys(methods), range(seeds)):
+        searched.setdefault(method, []).append(make_config(benchmark, scenario, method, seed))
+        for key, config in variations(benchmark, scenario, method, seed):
+            groups.setdefault((method, key, config.hyper[key]), []).append(config)
     results = Results(folder)
     configs = [config for group in groups.values() for config in group]
     run_all(configs, results, data_root, jobs, count_steps, command)
-    found = {
+    accuracy = {
         key: 100 * result["average_accuracy"] for key, result in results.finished(configs).items()
     }
-    searched = {
-        method: [make_config(benchmark, scenario, method, seed) for seed in range(seeds)]
-        for method in methods
-    }
-    rows = []
-    for (method, key, value), group in groups.items():
-        pairs = [
-            (found[config.key()], found[own.key()])
-            for config, own in zip(group, searched[method], strict=True)
-            if config.key() in found and own.key() in found
-        ]
-        row = {"method": method, "key": key, "value": value, "searched": group == searched[method]}
-        row["n"] = len(pairs)
-        if pairs:
-            accuracy = mean_interval([varied for varied, _ in pairs])
-            difference = mean_interval([varied - own for varied, own in pairs])
-            row |= dict(zip(COLUMNS[5:], (*accuracy, *difference), strict=True))
-        elif row["searched"]:
-            raise UserError(f"no run of {method} with its searched setting ended; see {folder}")
-        rows.append(row)
-    return rows
+    rows = [
+        _row(method, key, value, group, searched[method], accuracy)
+        for (method, key, value), group in groups.items()
+    ]
+    for row in rows:
+        if row["searched"] and not row["n"]:
+            raise UserError(
+                f"no run of {row['method']} with its searched setting ended; see {folder}"
+            )
+    write_atomically(folder / "sensitivity.csv", _csv(rows))
+    title = f"{benchmark}, {scenario}-incremental"
+    write_atomically(folder / "sensitivity.png", draw_sensitivity(rows, title))
+    return _summary(rows)
+
+
+def _row(
+    method: str,
+    key: str,
+    value: Any,
+    configs: Sequence[RunConfig],
+    searched: Sequence[RunConfig],
+    accuracy: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return what is in :data:`COLUMNS`; no more than ``n`` where no run ended."""
+    pairs = [
+        (accuracy[config.key()], accuracy[own.key()])
+        for config, own in zip(configs, searched, strict=True)
+        if config.key() in accuracy and own.key() in accuracy
+    ]
+    row = {"method": method, "key": key, "value": value, "searched": configs == searched}
+    row["n"] = len(pairs)
+    if pairs:
+        mean = mean_interval([varied for varied, _ in pairs])
+        difference = mean_interval([varied - own for varied, own in pairs])
+        row |= dict(zip(COLUMNS[5:], (*mean, *difference), strict=True))
+    return row
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    # A column of numbers and truth values is not formatted by pandas.
+    frame["value"] = [f"{v:.6g}" if isinstance(v, float) else v for v in frame["value"]]
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    lines: dict[str, list[str]] = {}
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return out.getvalue()
-
-
-def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, bool) else f"{value:.3g}"
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a line for each hyper-parameter: its values (*: searched) with their accuracies."""
-    lines = []
-    for method, key in dict.fromkeys((row["method"], row["key"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["key"]) == (method, key)]
-        cells = [
-            f"{_shown(row['value'])}{'*' * row['searched']}: "
-            + (f"{row['average_accuracy']:.1f}" if row["n"] else "no run ended")
-            for row in own
-        ]
-        lines.append(f"{method}, {key}: {', '.join(cells)}")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    parser = script_parser("experiments.tuning.sensitivity", __doc__)
-    parser.add_argument("--benchmark", default="split-mnist", choices=BENCHMARKS, metavar="NAME")
-    parser.add_argument("--scenario", default="class", choices=SCENARIOS, metavar="NAME")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["classp", "classp-matrix"],
-        choices=METHODS,
-        metavar="METHOD",
-        help="default: classp classp-matrix",
-    )
-    parser.add_argument(
-        "--seeds", type=seed_count, default=5, metavar="N", help="default: %(default)s"
-    )
-    add_jobs(parser, "runs at a time")
-    parser.add_argument("--output", type=Path, metavar="FOLDER")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
-    options = parser.parse_args(arguments)
-    place = f"{options.benchmark}-{options.scenario}"
-    folder = options.output or Path("results") / f"sensitivity-{place}"
-    words = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "experiments.tuning.sensitivity", *words])
-
-    def work() -> None:
-        rows = measure(
-            options.benchmark,
-            options.scenario,
-            list(dict.fromkeys(options.methods)),
-            options.seeds,
-            folder,
-            options.jobs,
-            options.data_root,
-            command,
-        )
-        write_atomically(folder / "sensitivity.csv", _csv(rows))
-        title = f"{options.benchmark}, {options.scenario}-incremental"
-        write_atomically(folder / "sensitivity.png", draw_sensitivity(rows, title))
-        print(summary(rows))
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        value = row["value"]
+        shown = str(value) if isinstance(value, bool) else f"{value:.3g}"
+        accuracy = f"{row['average_accuracy']:.1f}" if row["n"] else "no run ended"
+        cells = lines.setdefault(f"{row['method']}, {row['key']}", [])
+        cells.append(f"{shown}{'*' * row['searched']}: {accuracy}")
+    return "\n".join(f"{title}: {', '.join(cells)}" for title, cells in lines.items())

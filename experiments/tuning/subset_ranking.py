@@ -1,114 +1,95 @@
-"""Tell whether a part of the training data ranks settings as all of it does.
+"""Whether a part of the training data ranks settings as all of it does.
 
-    python -m experiments.tuning.subset_ranking
-    FOLDER --methods METHOD ... [--jobs N] [--data-root FOLDER]
-
-FOLDER holds a search with ``--train-share`` below 1. Its trials, those that were not cut short,
-are run again with all of the training data (validation data aside), the same seeds and otherwise
-the same settings. ``FOLDER/share.csv`` has both accuracies of every trial. Printed are, for each
-method, Spearman's rank correlation of the two and what the choice by the part costs: the best
-accuracy with all of the data, less that of the trial that is best with the part. What is done is
-kept, so the same command goes on after an interruption.
+Where a search trained on a part (``--train-share`` below 1), its trials that were not pruned are
+run again with all of the training data, the same seeds and otherwise the same settings.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from optuna.trial import TrialState
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
-from experiments.arguments import add_jobs, script_parser
-from experiments.errors import UserError, exit_code
+from experiments.errors import UserError
 from experiments.protocol.config import RunConfig
 from experiments.running.compare import run_all
-from experiments.running.records import Results, write_atomically
+from experiments.running.files import write_atomically
+from experiments.running.records import Results
 from experiments.tuning.search import config_of, open_study
 
 
-def compare_shares(
+def rank_subset(
     folder: Path, methods: Sequence[str], jobs: int | None = None, data_root: Path | None = None
-) -> list[dict[str, Any]]:
-    """Run the trials again and return, for each, ``method``, ``trial``, ``part`` and ``whole``.
+) -> str:
+    """Run a search's trials again with all of the training data, and write ``subset_ranking.csv``.
 
-    Both are means over the tuning seeds; a run that diverges with all of the data counts as 0.
+    Accuracies are means over the tuning seeds; a run that diverges with all of the data counts
+    as 0.
+
+    Args:
+        folder: where the journals of the search are.
+        methods: the methods' names.
+        jobs: runs at a time. Default: as many as cores.
+        data_root: folder of the datasets.
+
+    Returns:
+        A line for each method: Spearman's rank correlation, and what the choice by the part costs.
 
     Raises:
         UserError: the folder holds no search of a method, one with all of the data, or less than
             two trials that were not cut short.
     """
-    trials: dict[tuple[str, int], tuple[float, list[RunConfig]]] = {}
-    for method in methods:
-        if not (folder / f"{method}.journal").is_file():
-            raise UserError(f"{folder} holds no search of {method}; name one with --methods")
-        study = open_study(method, folder)
-        arguments = study.user_attrs["arguments"]
-        if arguments["train_share"] == 1:
-            raise UserError(f"{folder} holds a search of {method} with all of the data already")
-        whole_trials = study.get_trials(states=(TrialState.COMPLETE,))
-        if len(whole_trials) < 2:
-            raise UserError(f"{folder} has no two trials of {method} to rank; search more")
-        for trial in whole_trials:
-            epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
-            configs = [
+    trials = [
+        (method, trial.number, trial.value, configs)
+        for method in methods
+        for trial, configs in _trials(folder, method)
+    ]
+    results = Results(folder / "subset_ranking")
+    run_all([c for *_, configs in trials for c in configs], results, data_root, jobs)
+    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
+    rows = [
+        (method, number, part, fmean(found[config.key()] for config in configs))
+        for method, number, part, configs in trials
+    ]
+    frame = pd.DataFrame(rows, columns=["method", "trial", "part", "whole"])
+    write_atomically(folder / "subset_ranking.csv", frame.to_csv(index=False, lineterminator="\n"))
+    return summary(frame)
+
+
+def _trials(folder: Path, method: str) -> Iterator[tuple[FrozenTrial, list[RunConfig]]]:
+    """Yield the trials that were not cut short, each with its configs for all of the data."""
+    if not (folder / f"{method}.journal").is_file():
+        raise UserError(f"{folder} holds no search of {method}; name one with --methods")
+    study = open_study(method, folder)
+    arguments = study.user_attrs["arguments"]
+    if arguments["train_share"] == 1:
+        raise UserError(f"{folder} holds a search of {method} with all of the data already")
+    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    if len(whole) < 2:
+        raise UserError(f"{folder} has no two trials of {method} to rank; search more")
+    for trial in whole:
+        epochs, hyper = trial.params["epochs"], trial.user_attrs["hyper"]
+        yield (
+            trial,
+            [
                 config_of(study, epochs, hyper, seed, train_share=1.0)
                 for seed in range(arguments["tuning_seeds"])
-            ]
-            trials[method, trial.number] = (trial.value or 0.0, configs)
-    results = Results(folder / "share")
-    run_all([c for _, configs in trials.values() for c in configs], results, data_root, jobs)
-    found = {key: result.get("average_accuracy", 0.0) for key, result in results.by_key().items()}
-    return [
-        {
-            "method": method,
-            "trial": number,
-            "part": part,
-            "whole": fmean(found[config.key()] for config in configs),
-        }
-        for (method, number), (part, configs) in trials.items()
-    ]
+            ],
+        )
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
+def summary(frame: pd.DataFrame) -> str:
     """Return a line for each method."""
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        part, whole = ([row[key] for row in own] for key in ("part", "whole"))
-        cost = max(whole) - max(own, key=lambda row: row["part"])["whole"]
+    for method, own in frame.groupby("method", sort=False):
+        correlation = spearmanr(own["part"], own["whole"]).statistic
+        cost = own["whole"].max() - own["whole"].iloc[own["part"].argmax()]
         lines.append(
-            f"{method}: {len(own)} trials, rank correlation {spearmanr(part, whole).statistic:.2f},"
-            f" the choice costs {100 * cost:.1f} points"
+            f"{method}: {len(own)} trials, rank correlation {correlation:.2f}, the choice costs "
+            f"{100 * cost:.1f} points"
         )
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    parser = script_parser("experiments.tuning.subset_ranking", __doc__)
-    parser.add_argument("folder", type=Path, help="where the journals of the search are")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    add_jobs(parser, "runs at a time")
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder of the datasets")
-    options = parser.parse_args(arguments)
-
-    def work() -> None:
-        rows = compare_shares(options.folder, options.methods, options.jobs, options.data_root)
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(options.folder / "share.csv", out.getvalue())
-        print(summary(rows))
-
-    return exit_code(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

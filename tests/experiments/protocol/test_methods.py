@@ -6,6 +6,8 @@ Avalanche's own class that fails once the break is gone.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from functools import cache
 
@@ -27,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from avalanche_classp import CLASSPOptimizer
 from experiments.errors import UserError
 from experiments.protocol.avalanche_fixes import (
     FixedJointTraining,
@@ -956,3 +959,21 @@ def test_methods_are_listed_from_the_plainest_to_ours():
     for spec in METHODS.values():
         assert 0 < len(spec.description) < 90
         assert "\n" not in spec.description
+
+
+def test_classps_defaults_are_the_librarys():
+    (group,) = CLASSPOptimizer([torch.ones(1, requires_grad=True)]).param_groups
+    defaults = dict(METHODS["classp"].defaults)
+    assert defaults.pop("paper_phases") is False
+    assert defaults == {key: group[key] for key in defaults}
+    assert set(defaults) == {"lr", "threshold", "epsilon", "power", "apply_decay"}
+
+
+def test_names_are_there_without_torch_or_avalanche():
+    program = (
+        "import sys\n"
+        "from experiments.protocol import benchmarks, methods, models, tuned_settings\n"
+        "print([name for name in ('torch', 'avalanche', 'numpy', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

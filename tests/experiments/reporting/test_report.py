@@ -19,16 +19,21 @@ from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
+from experiments.errors import UserError
+from experiments.protocol.methods import style_of
 from experiments.reporting import figures, report
-from experiments.reporting import side_by_side as overview
-from experiments.reporting.labels import Point, place_labels, wrap_label
-from experiments.reporting.report import (
+from experiments.reporting.figures import Point, place_labels
+from experiments.reporting.report import write_report
+from experiments.reporting.side_by_side import side_by_side
+from experiments.reporting.statistics import mean_interval
+from experiments.reporting.tables import (
+    ACCURACIES,
+    EXTENSIONS,
     csv_table,
     markdown_table,
-    mean_interval,
     plain_table,
     table_rows,
-    write_report,
+    wrap_label,
 )
 from experiments.running.records import Results
 
@@ -146,7 +151,7 @@ def test_there_is_no_difference_to_classp_on_another_stream_or_model(key):
     assert known == {"classp": False, "ewc": True, "si": False}
 
 
-@pytest.mark.parametrize(("key", "extension"), report.EXTENSIONS.items())
+@pytest.mark.parametrize(("key", "extension"), EXTENSIONS.items())
 def test_with_an_extension_there_is_a_difference_to_it_and_else_no_such_column(key, extension):
     methods = {"naive": 0.5, "classp": 0.75, extension: 0.875}
     results = [
@@ -402,7 +407,7 @@ def test_the_accuracy_figure_shows_the_curves_and_their_bands(monkeypatch):
 
 
 def figures_colour(method):
-    return figures._STYLES[method][0]
+    return style_of(method).colour
 
 
 def test_the_twelve_methods_look_different_and_the_same_everywhere(monkeypatch):
@@ -519,22 +524,21 @@ def boxes_of_labels(points):
     place_labels(axes, points)
     boxes = {}
     for text in axes.texts:
-        text.update_positions(canvas.get_renderer())
-        # Of the words alone, without the line to the point.
         boxes[text.get_text()] = Text.get_window_extent(text, canvas.get_renderer())
     spots = [axes.transData.transform((p.x, p.y)) for p in points]
     return boxes, spots, axes.get_window_extent()
 
 
+@pytest.mark.parametrize("bars", [(0.1, 1.0), (0.0, 0.0)], ids=["bars", "one seed"])
 @pytest.mark.parametrize("crowd", ["one above the other", "cloud", "corner"])
-def test_labels_do_not_overlap(crowd):
+def test_labels_do_not_overlap(crowd, bars):
     generator = np.random.default_rng(1)
     place = {
         "one above the other": lambda i: (4, 40 + 2 * i),
         "cloud": lambda i: generator.normal((5, 50), (0.5, 8)),
         "corner": lambda i: (10 - 0.1 * i, 100 - i),
     }[crowd]
-    points = [Point(name, *map(float, place(i)), 0.1, 1, "k") for i, name in enumerate(ALL)]
+    points = [Point(name, *map(float, place(i)), *bars, "k") for i, name in enumerate(ALL)]
     boxes, spots, frame = boxes_of_labels(points)
     assert set(boxes) == set(ALL)
     for one, other in itertools.combinations(boxes.values(), 2):
@@ -542,7 +546,7 @@ def test_labels_do_not_overlap(crowd):
     for box in boxes.values():
         assert frame.contains(box.x0, box.y0)
         assert frame.contains(box.x1, box.y1)
-        assert not any(box.contains(*spot) for spot in spots)
+        assert not any(box.padded(5).contains(*spot) for spot in spots)  # a marker's half
 
 
 def test_a_lonely_label_is_right_beside_its_point():
@@ -628,7 +632,7 @@ def test_the_page_says_what_a_reader_must_know(tmp_path, no_figures):
     assert "| method | n | train s/exp | eval s | memory B/param | peak MiB |" in page
     assert "**Failed:** ewc, seed 1: the training diverged" in page
     for name in FIGURES:
-        assert f"]({name})" in page
+        assert f"* `{name}`: {figures.CAPTIONS[name]}." in page
     headings = {
         cell.strip() for line in lines if line.startswith("| method") for cell in line.split("|")
     }
@@ -753,7 +757,7 @@ def test_the_html_page_gathers_everything_and_needs_nothing_else(tmp_path, no_fi
     expected = markdown_table(rows).splitlines()
     shown = [f"| {' | '.join(line)} |" for line in page.cells]
     assert shown[: 1 + len(rows)] == [expected[0], *expected[2:]]
-    always = [column for column in report.ACCURACIES if not column.optional]
+    always = [column for column in ACCURACIES if not column.optional]
     assert all(column.meaning in text for column in always)
     assert '<tr class="ours"><td>classp</td>' in source
 
@@ -769,16 +773,15 @@ def test_every_column_and_figure_is_explained():
 # Several comparisons side by side
 
 
-def test_an_overview_has_a_column_for_each_comparison(tmp_path, capsys):
+def test_side_by_side_has_a_column_for_each_comparison(tmp_path):
     """Accuracies 0.4 to 0.6 with two seeds; by hand."""
     places = {"first": ("classp-matrix", "naive", "joint"), "second": ("naive", "classp-matrix")}
     for place, methods in places.items():
         for method, seed in itertools.product(methods, (0, 1)):
             accuracy = 0.4 + 0.1 * seed + 0.2 * (method != "naive") + 0.1 * (method == "joint")
             Results(tmp_path / place).save(fake_result(method, seed, accuracy))
-    assert overview.main([str(tmp_path / place) for place in places]) == 0
     half = f"{100 * 0.1 * HALF:.1f}"
-    assert capsys.readouterr().out.split("\n\n") == [
+    assert side_by_side([tmp_path / place for place in places]) == [
         "| method | first | second |\n"
         "| --- | ---: | ---: |\n"
         f"| joint | 75.0 ± {half} |  |\n"
@@ -788,14 +791,23 @@ def test_an_overview_has_a_column_for_each_comparison(tmp_path, capsys):
         "| --- | ---: | ---: |\n"
         "| joint | +10.0 ± 0.0 |  |\n"
         "| classp-matrix | – | – |\n"
-        "| naive | -20.0 ± 0.0 | -20.0 ± 0.0 |\n",
+        "| naive | -20.0 ± 0.0 | -20.0 ± 0.0 |",
     ]
 
 
-def test_an_overview_refuses_what_has_no_one_number(tmp_path, capsys):
-    assert overview.main([str(tmp_path)]) == 2
-    assert "no finished runs" in capsys.readouterr().err
+def test_side_by_side_sorts_methods_by_the_folders_that_have_all_of_them(tmp_path):
+    accuracies = {"first": {"ewc": 0.5, "mas": 0.6}, "hard": {"mas": 0.1}}
+    for place, methods in accuracies.items():
+        for method, accuracy in methods.items():
+            Results(tmp_path / place).save(fake_result(method, 0, accuracy))
+    table, _ = side_by_side([tmp_path / place for place in accuracies])
+    assert table.splitlines()[2:] == ["| mas | 60.0 | 10.0 |", "| ewc | 50.0 |  |"]
+
+
+def test_side_by_side_refuses_what_has_no_one_number(tmp_path):
+    with pytest.raises(UserError, match="no finished runs"):
+        side_by_side([tmp_path])
     for lr in (0.1, 0.2):
         Results(tmp_path).save(fake_result("ewc", 0, config={"hyper": {"lr": lr}}))
-    assert overview.main([str(tmp_path)]) == 2
-    assert "several settings of a method" in capsys.readouterr().err
+    with pytest.raises(UserError, match="several settings of a method"):
+        side_by_side([tmp_path])

@@ -1,7 +1,5 @@
 """TensorBoard's log directories, read with TensorBoard's own reader."""
 
-import json
-
 import pytest
 import torch
 from avalanche.training.plugins import EvaluationPlugin
@@ -174,9 +172,12 @@ def test_the_command_line_writes_one_directory_a_run_unless_told_not_to(tmp_path
     assert f"tensorboard --logdir {tmp_path / 'a' / 'tensorboard'}" in capsys.readouterr().out
     for folder in folders:
         method, seed = folder.name.split("-")[:2]
-        (path,) = (tmp_path / "a" / "runs").glob(f"*-{method}-{seed}-*.json")
-        final = last(read(folder), "Final/average_accuracy")
-        assert final == pytest.approx(json.loads(path.read_text())["average_accuracy"])
+        (accuracy,) = (
+            record["average_accuracy"]
+            for record in Results(tmp_path / "a").load()
+            if (record["config"]["method"], record["config"]["seed"]) == (method, int(seed))
+        )
+        assert last(read(folder), "Final/average_accuracy") == pytest.approx(accuracy)
     config = tmp_path / "off.toml"
     config.write_text("tensorboard = false\n")
     assert main(["run", "--no-tensorboard", *words, str(tmp_path / "b")]) == 0
