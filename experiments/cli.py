@@ -1,26 +1,52 @@
-"""The commands. The heavy imports wait until one needs them."""
+"""The commands of ``python -m experiments``. The heavy imports wait until one needs them.
+
+A command is a dataclass: its fields are the options, of the command line and of config files
+alike, and their docstrings the help. tyro (MIT) reads them. It was chosen over jsonargparse because
+that has no plain ``--methods a b`` for a field and tells a wrong value in six lines; both are
+alive, and imported in less than 0.1 s. To tell each mistake in one line takes tyro's parse events,
+which are private: hence its exact version in pyproject.toml.
+"""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import functools
 import io
 import json
+import operator
 import os
 import shlex
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from experiments.arguments import make_parser
-from experiments.configfile import read_words
-from experiments.errors import UserError, print_error, print_interrupted
+import tyro
+from tyro import _errors as events
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
 
-if TYPE_CHECKING:
-    from experiments.protocol.benchmarks import Benchmark
-    from experiments.protocol.config import RunConfig
+from experiments.configfile import read_words, without_config
+from experiments.errors import UserError, nearest, print_error, print_interrupted
+from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS, Benchmark, require_possible
+from experiments.protocol.config import (
+    Epochs,
+    RunConfig,
+    format_value,
+    parse_epochs,
+    parse_value,
+    parse_whole,
+)
+from experiments.protocol.methods import METHODS, count_steps
+from experiments.protocol.models import MODELS
+from experiments.protocol.tuned_settings import make_config, require_known
+
+PROGRAM = "python -m experiments"
+MOST_SEEDS = 10_000
+"""More is a slip, and the list of runs would not fit in memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,49 +56,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program. Default: ``sys.argv[1:]``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = make_parser(
-        {
-            "compare": _compare,
-            "run": _run,
-            "search": _search,
-            "report": _report,
-            "list": _list,
-            "sensitivity": _sensitivity,
-            "defaults": _defaults,
-            "subset-ranking": _subset_ranking,
-            "side-by-side": _side_by_side,
-            "speed": _speed,
-        }
-    )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an encoding may lack ± or a folder's name
             stream.reconfigure(errors="backslashreplace")
-    options = parser.parse_args(words)
     # Avalanche imports a package of solvers that nothing here uses. Worker processes import it
     # before any code of ours could tell them.
     warnings.filterwarnings("ignore", message="no QP solver found")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    resumable = True
     try:
-        if getattr(options, "config", None) is not None:
-            words = read_words(options.config, words, options.known)
-            options = parser.parse_args(words)
-        options.command_line = shlex.join(["python", "-m", "experiments", *words])
-        code = options.function(options)
+        if words == ["--version"]:
+            from avalanche_classp import __version__
+
+            print(f"avalanche-classp {__version__}")
+            return 0
+        command, words = parse(words)
+        resumable = command.resumable
+        code = command.run(shlex.join([*PROGRAM.split(), *words]))
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
         print_error(f"{error}; pip install '.[experiments]' brings it")
-        return 2
     except UserError as error:
         print_error(str(error))
-        return 2
     except OSError as error:  # a full disk, a closed pipe
         print_error(str(error))
         _drop_output_that_nobody_takes()
-        return 2
     except KeyboardInterrupt:
-        print_interrupted()
+        print_interrupted(resumable)
         return 130
+    return 2
 
 
 def _drop_output_that_nobody_takes() -> None:
@@ -83,199 +96,175 @@ def _drop_output_that_nobody_takes() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from experiments.protocol.methods import count_steps
-    from experiments.reporting.report import write_report
-    from experiments.running.compare import run_all
-    from experiments.running.records import Results
+# Kinds of options
 
-    methods = _methods(options)
-    overrides: dict[str, dict[str, str]] = defaultdict(dict)
-    for text in options.overrides:
-        place, value = _split_override(text, "METHOD.KEY=VALUE")
-        method, dot, key = place.partition(".")
-        if not dot or method not in methods:
-            raise UserError(
-                f"--set {text}: {method!r} is none of the methods compared; write METHOD.KEY=VALUE"
-            )
-        overrides[method][key] = value
-    configs = [
-        _config(options, method, seed, overrides[method])
-        for seed in range(options.seeds)
-        for method in methods
-    ]
-    results = Results(_output(options))
-    failures = run_all(
-        configs,
-        results,
-        options.data_root,
-        options.jobs,
-        count_steps,
-        options.command_line,
-        options.engine,
-        options.ray_address,
-        options.tensorboard,
+
+def _words(parse: Callable[[list[str]], Any], metavar: str, count: Any = 1) -> Any:
+    return PrimitiveConstructorSpec(
+        nargs=count,
+        metavar=metavar,
+        instance_from_str=parse,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [format_value(value)],
     )
-    finished = list(results.finished(configs).values())
-    if finished:
-        print(write_report(finished, results.folder, failures))
-        print(f"\nreport.html, table.md, table.csv and the figures are in {results.folder}")
-        if options.tensorboard:
-            print(f"to watch them: tensorboard --logdir {results.folder / 'tensorboard'}")
-    if failures:
-        reasons = "; ".join(sorted({failure["error"] for failure in failures}))
-        print_error(f"{len(failures)} of {len(configs)} runs failed: {reasons}")
-        return 1
-    return 0
 
 
-def _run(options: argparse.Namespace) -> int:
-    overrides = dict(_split_override(text, "KEY=VALUE") for text in options.overrides)
-    config = _config(options, options.method, options.seed, overrides)
-    from tqdm import tqdm
-
-    from experiments.protocol.methods import count_steps
-    from experiments.reporting.tables import plain_table, table_rows
-    from experiments.running.compare import attempt
-    from experiments.running.records import Results, current_commit
-
-    warnings.simplefilter("ignore")
-    results = Results(_output(options))
-    logs = results.logs if options.tensorboard else None
-    with tqdm(total=count_steps(config), unit="exp", desc=config.method, delay=1) as bar:
-        result = attempt(config, options.data_root, bar.update, logs)
-    made_by = {"command": options.command_line, "commit": current_commit()}
-    path = results.save(result | made_by)
-    if "error" in result:
-        print_error(f"{result['error']} (recorded in {path})")
-        return 1
-    print(plain_table(table_rows([result])))
-    print(f"\nrecorded in {path}")
-    if logs:
-        print(f"to watch it: tensorboard --logdir {logs(config)}")
-    return 0
+def _one(parse: Callable[[str], Any], metavar: str) -> Any:
+    return _words(lambda words: parse(words[0]), metavar)
 
 
-def _search(options: argparse.Namespace) -> int:
-    from experiments.protocol.tuned_settings import adopt
-    from experiments.running.processes import available_cores
-    from experiments.running.run import find_device
-    from experiments.tuning.search import search
+def _several(parse: Callable[[str], Any], metavar: str) -> Any:
+    def read(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError("needs a value")
+        return tuple(map(parse, words))
 
-    spec = _benchmark(options)
-    find_device(options.device)
-    # A journal says what its trials were run with, and one of CPU runs names no device.
-    device = {} if options.device == "cpu" else {"device": options.device}
-    settings = search(
-        options.benchmark,
-        options.scenario,
-        _methods(options),
-        _output(options) / "search",
-        options.trials,
-        options.tuning_seeds,
-        options.epochs_choices or spec.epochs_choices,
-        options.batch_size or spec.batch_size,
-        options.data_root,
-        options.train_share,
-        options.jobs or available_cores(),
-        options.finalists,
-        options.finalist_seeds,
-        **_given(options, "model", "experiences"),
-        **device,
-    )
-    for method, setting in settings.items():
-        print(method, json.dumps(setting.as_dict()))
-    if options.adopt:
-        adopt(options.benchmark, options.scenario, settings, options.model)
-    return 0
+    return _words(read, f"{metavar} [{metavar} ...]", "*")
 
 
-def _report(options: argparse.Namespace) -> int:
-    from experiments.reporting.report import write_report
-    from experiments.running.records import Results
-
-    finished: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    failed: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    for result in Results(options.folder).load():
-        group = (result["config"]["benchmark"], result["config"]["scenario"])
-        (failed if "error" in result else finished)[group].append(result)
-    if not finished:
-        raise UserError(f"there are no finished runs in {options.folder}")
-    for group, results in finished.items():
-        folder = options.folder
-        if len(finished) > 1:
-            folder /= "-".join(group)
-        print(write_report(results, folder, failed[group]))
-        print(f"\nwritten to {folder}\n")
-    return 0
+def _path(text: str) -> Path:
+    if "\0" in text:  # a config file can say it
+        raise ValueError(f"must be a path, got {text!r}")
+    return Path(text)
 
 
-def _sensitivity(options: argparse.Namespace) -> int:
-    from experiments.tuning.sensitivity import write_sensitivity
-
-    _benchmark(options)  # checks the names
-    print(
-        write_sensitivity(
-            options.benchmark,
-            options.scenario,
-            _methods(options),
-            options.seeds,
-            options.output,
-            options.jobs,
-            options.data_root,
-            options.command_line,
-        )
-    )
-    return 0
+def _default(text: str) -> Any:
+    """Tell of a default that the value does not tell."""
+    return arg(help_behavior_hint=f"(default: {text})")
 
 
-def _defaults(options: argparse.Namespace) -> int:
-    from experiments.tuning.defaults import search_defaults
+_seed_count = functools.partial(parse_whole, most=MOST_SEEDS)
+_natural = functools.partial(parse_whole, least=0)
 
-    print(search_defaults(options.trials, options.first, options.output, options.data_root))
-    return 0
-
-
-def _subset_ranking(options: argparse.Namespace) -> int:
-    from experiments.tuning.subset_ranking import rank_subset
-
-    print(rank_subset(options.folder, options.methods, options.jobs, options.data_root))
-    return 0
-
-
-def _side_by_side(options: argparse.Namespace) -> int:
-    from experiments.reporting.side_by_side import side_by_side
-
-    print("\n\n".join(side_by_side(options.folders)))
-    return 0
+Name = Annotated[str, _one(str, "NAME")]
+Count = Annotated[int, _one(parse_whole, "N")]
+Natural = Annotated[int, _one(_natural, "N")]
+Seeds = Annotated[int, _one(_seed_count, "N")]
+Device = Annotated[str, _one(str, "DEVICE")]
+Folder = Annotated[Path, _one(_path, "FOLDER")]
+Folders = Annotated[tuple[Path, ...], _several(_path, "FOLDER")]
+Methods = Annotated[tuple[str, ...], _several(str, "METHOD")]
+AllMethods = Annotated[Methods, _default("all that `list` names up to classp-matrix")]
+Jobs = Annotated[int | None, _one(parse_whole, "N"), _default("as many as cores")]
+Output = Annotated[Path | None, _one(_path, "FOLDER"), _default("results/BENCHMARK-SCENARIO")]
+DataRoot = Annotated[Path | None, _one(_path, "FOLDER"), _default("~/.avalanche/data")]
+_as_searched = _default("as searched, else the benchmark's")
 
 
-def _speed(options: argparse.Namespace) -> int:
-    from experiments.speed.cases import measure_speed
-
-    names = ("cases", "pairs", "rounds", "threads", "device", "quick", "data_root", "output")
-    try:
-        measure_speed(**{name: getattr(options, name) for name in names})
-    except KeyboardInterrupt:  # nothing is kept that the command could go on from
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+# What commands have in common
 
 
-def _list(options: argparse.Namespace) -> int:
-    registries = _registries()
-    width = max(len(name) for entries in registries.values() for name in entries)
-    for kind, entries in registries.items():
-        print(f"{kind}s:")
-        for name, entry in entries.items():
-            lines = [entry if isinstance(entry, str) else entry.description]
-            if kind == "benchmark":
-                lines.append(f"model {entry.model}; scenarios {', '.join(entry.scenarios)}")
-            elif kind == "method":
-                lines.append(", ".join(f"{key}={value}" for key, value in entry.defaults.items()))
-            for label, line in zip((name, ""), lines, strict=False):
-                print(f"  {label:{width}}  {line}")
-    return 0
+@dataclass(kw_only=True)
+class Command:
+    """A command."""
+
+    resumable: ClassVar[bool] = True
+    """The same command goes on after an interruption."""
+
+    def run(self, command_line: str) -> int:
+        """Do it and return the exit code."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class _OnStream(Command):
+    benchmark: Name = "split-digits"
+    """split-digits needs no download"""
+    scenario: Annotated[
+        str | None, _one(str, "NAME"), _default("class, or the benchmark's only one")
+    ] = None
+    """task, domain or class"""
+    model: Annotated[str | None, _one(str, "NAME"), _default("the benchmark's usual one")] = None
+    """the model"""
+    experiences: Annotated[
+        int | None, _one(parse_whole, "N"), _default("the benchmark's usual number")
+    ] = None
+    """number of experiences"""
+    device: Device = "cpu"
+    """torch device"""
+    output: Output = None
+    """where results go"""
+    data_root: DataRoot = None
+    """where datasets lie or are downloaded to"""
+    config: Annotated[Path | None, _one(_path, "FILE"), _default("none")] = None
+    """a TOML file that holds these options; what is typed is above it"""
+
+    def check_stream(self) -> tuple[Benchmark, str]:
+        """Return the benchmark and the scenario.
+
+        Raises:
+            UserError: a name is unknown, or they do not go together.
+        """
+        spec = BENCHMARKS[_known("benchmark", self.benchmark, BENCHMARKS)]
+        scenario = _known("scenario", self.scenario or spec.scenarios[0], SCENARIOS)
+        if self.model is not None:
+            _known("model", self.model, MODELS)
+        require_possible(self.benchmark, scenario, self.experiences or spec.experiences)
+        return spec, scenario
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        scenario = self.scenario or BENCHMARKS[self.benchmark].scenarios[0]
+        return self.output or Path("results") / f"{self.benchmark}-{scenario}"
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return the options of these names that were given."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(kw_only=True)
+class _Training(_OnStream):
+    epochs: Annotated[Epochs | None, _one(parse_epochs, "N[,N...]"), _as_searched] = None
+    """of each experience, the last number for all that follow"""
+    batch_size: Annotated[int | None, _one(parse_whole, "N"), _as_searched] = None
+    """training mini-batch size"""
+    tensorboard: bool = True
+    """write a log directory for each run, for `tensorboard --logdir FOLDER/tensorboard`"""
+
+    def configs(
+        self, methods: Sequence[str], overrides: Mapping[str, Mapping[str, str]], local: bool
+    ) -> list[RunConfig]:
+        """Return the config of each method with seed 0.
+
+        Args:
+            methods: their names.
+            overrides: by method, the values of hyper-parameters as they were typed.
+            local: the device is this machine's.
+
+        Raises:
+            UserError: something is unknown, wrong, or cannot be used here.
+        """
+        _, scenario = self.check_stream()
+        hyper: dict[str, dict[str, Any]] = {}
+        for method in methods:
+            require_known(method, overrides.get(method, ()))
+            known = METHODS[method].defaults
+            hyper[method] = {
+                key: parse_value(text, known[key], key)
+                for key, text in overrides.get(method, {}).items()
+            }
+        if local:
+            from experiments.running.run import find_device
+
+            find_device(self.device)
+        fixed = self.given("device", "model", "experiences", "epochs", "batch_size")
+        return [
+            make_config(self.benchmark, scenario, method, 0, hyper[method], **fixed)
+            for method in methods
+        ]
+
+
+def _known(kind: str, name: str, names: Mapping[str, Any]) -> str:
+    if name not in names:
+        raise UserError(f"unknown {kind} {name!r}; {nearest(name, names)}")
+    return name
+
+
+def _known_methods(names: Sequence[str]) -> list[str]:
+    """Return the names once each; without any, the usual ones."""
+    usual = [name for name, method in METHODS.items() if method.usual]
+    return [_known("method", name, METHODS) for name in dict.fromkeys(names or usual)]
 
 
 def _split_override(text: str, form: str) -> tuple[str, str]:
@@ -285,67 +274,445 @@ def _split_override(text: str, form: str) -> tuple[str, str]:
     return key, value
 
 
-def _config(
-    options: argparse.Namespace, method: str, seed: int, overrides: dict[str, str]
-) -> RunConfig:
-    from experiments.protocol.config import parse_value
-    from experiments.protocol.methods import METHODS
-    from experiments.protocol.tuned_settings import make_config, require_known
-    from experiments.running.run import find_device
+# The commands
 
-    _benchmark(options)
-    if getattr(options, "engine", "local") == "local":  # a cluster may have what is not here
-        find_device(options.device)
-    known = METHODS[_known("method", method)].defaults
-    require_known(method, overrides)
-    return make_config(
-        options.benchmark,
-        options.scenario,
-        method,
-        seed,
-        {key: parse_value(text, known[key], key) for key, text in overrides.items()},
-        device=options.device,
-        **_given(options, "model", "experiences", "epochs", "batch_size"),
+
+@dataclass(kw_only=True)
+class Compare(_Training):
+    """Run every method with every seed, in parallel processes, and write a table and figures.
+
+    Finished runs are skipped, so the same command goes on after an interruption; a run that fails
+    is recorded and tried again next time.
+
+    python -m experiments compare --methods classp ewc --set classp.lr=0.01 --seeds 5
+    """
+
+    methods: AllMethods = ()
+    """the methods"""
+    seeds: Seeds = 3
+    """seeds 0 to N-1 for each method"""
+    set: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="METHOD.KEY=VALUE")] = ()
+    """a hyper-parameter"""
+    jobs: Jobs = None
+    """runs at a time"""
+    engine: Literal["local", "ray"] = "local"
+    """run in processes of this machine, or on a Ray cluster"""
+    ray_address: Annotated[
+        str | None, _one(str, "HOST:PORT"), _default("RAY_ADDRESS, else Ray is started here")
+    ] = None
+    """address of the cluster"""
+
+    def run(self, command_line: str) -> int:
+        methods = _known_methods(self.methods)
+        overrides: dict[str, dict[str, str]] = defaultdict(dict)
+        for text in self.set:
+            place, value = _split_override(text, "METHOD.KEY=VALUE")
+            method, dot, key = place.partition(".")
+            if not dot or method not in methods:
+                raise UserError(
+                    f"--set {text}: {method!r} is none of the methods compared; write "
+                    f"METHOD.KEY=VALUE"
+                )
+            overrides[method][key] = value
+        # A cluster may have a device that is not here.
+        first = self.configs(methods, overrides, local=self.engine == "local")
+        configs = [
+            dataclasses.replace(config, seed=seed) for seed in range(self.seeds) for config in first
+        ]
+        from experiments.reporting.report import write_report
+        from experiments.running.compare import run_all
+        from experiments.running.records import Results
+
+        results = Results(self.folder)
+        failures = run_all(
+            configs,
+            results,
+            self.data_root,
+            self.jobs,
+            count_steps,
+            command_line,
+            self.engine,
+            self.ray_address,
+            self.tensorboard,
+        )
+        finished = list(results.finished(configs).values())
+        if finished:
+            print(write_report(finished, self.folder, failures))
+            print(f"\nreport.html, table.md, table.csv and the figures are in {self.folder}")
+            if self.tensorboard:
+                print(f"to watch them: tensorboard --logdir {self.folder / 'tensorboard'}")
+        if failures:
+            reasons = "; ".join(sorted({failure["error"] for failure in failures}))
+            print_error(f"{len(failures)} of {len(configs)} runs failed: {reasons}")
+            return 1
+        return 0
+
+
+@dataclass(kw_only=True)
+class Run(_Training):
+    """Train and evaluate one method with one seed, and record it.
+
+    python -m experiments run --method ewc --seed 3
+    """
+
+    method: Name = "classp"
+    """the method"""
+    seed: Natural = 0
+    """seeds model, data order and benchmark"""
+    set: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="KEY=VALUE")] = ()
+    """a hyper-parameter"""
+
+    def run(self, command_line: str) -> int:
+        method = _known("method", self.method, METHODS)
+        overrides = dict(_split_override(text, "KEY=VALUE") for text in self.set)
+        (config,) = self.configs([method], {method: overrides}, local=True)
+        config = dataclasses.replace(config, seed=self.seed)
+        from tqdm import tqdm
+
+        from experiments.reporting.tables import plain_table, table_rows
+        from experiments.running.compare import attempt
+        from experiments.running.records import Results, current_commit
+
+        warnings.simplefilter("ignore")
+        results = Results(self.folder)
+        logs = results.logs if self.tensorboard else None
+        with tqdm(total=count_steps(config), unit="exp", desc=method, delay=1) as bar:
+            result = attempt(config, self.data_root, bar.update, logs)
+        path = results.save(result | {"command": command_line, "commit": current_commit()})
+        if "error" in result:
+            print_error(f"{result['error']} (recorded in {path})")
+            return 1
+        print(plain_table(table_rows([result])))
+        print(f"\nrecorded in {path}")
+        if logs:
+            print(f"to watch it: tensorboard --logdir {logs(config)}")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Search(_OnStream):
+    """Choose every method's settings on validation data, with the same budget for each.
+
+    Epochs and hyper-parameters are chosen on data cut from the training data. The same command
+    goes on after an interruption.
+
+    python -m experiments search --scenario domain --trials 60 --methods classp ewc
+    """
+
+    methods: AllMethods = ()
+    """the methods"""
+    trials: Count = 30
+    """trials for each method"""
+    tuning_seeds: Count = 2
+    """seeds that each trial is run with"""
+    finalists: Natural = 0
+    """run the best N trials of each method with more seeds, and choose the best mean over all of
+    them; with --train-share over these alone, which have all data"""
+    finalist_seeds: Count = 3
+    """with so many more"""
+    train_share: float = 1.0
+    """train on this share of the training data"""
+    batch_size: Annotated[int | None, _one(parse_whole, "N"), _default("the benchmark's")] = None
+    """of every trial"""
+    epochs_choices: Annotated[
+        tuple[int, ...], _several(parse_whole, "N"), _default("the benchmark's usual ones")
+    ] = ()
+    """what every method chooses its epochs from"""
+    jobs: Jobs = None
+    """methods at a time"""
+    adopt: bool = False
+    """make the result this checkout's default settings"""
+
+    def run(self, command_line: str) -> int:
+        spec, scenario = self.check_stream()
+        methods = _known_methods(self.methods)
+        from experiments.protocol.tuned_settings import SETTINGS_FILE, adopted
+        from experiments.running.files import write_atomically
+        from experiments.running.processes import available_cores
+        from experiments.running.run import find_device
+        from experiments.tuning.search import search
+
+        find_device(self.device)
+        # A journal says what its trials were run with, and one of CPU runs names no device.
+        device = {} if self.device == "cpu" else {"device": self.device}
+        settings = search(
+            self.benchmark,
+            scenario,
+            methods,
+            self.folder / "search",
+            self.trials,
+            self.tuning_seeds,
+            self.epochs_choices or spec.epochs_choices,
+            self.batch_size or spec.batch_size,
+            self.data_root,
+            self.train_share,
+            self.jobs or available_cores(),
+            self.finalists,
+            self.finalist_seeds,
+            **self.given("model", "experiences"),
+            **device,
+        )
+        for method, setting in settings.items():
+            print(method, json.dumps(setting.as_dict()))
+        if self.adopt:
+            content = adopted(self.benchmark, scenario, settings, self.model)
+            write_atomically(SETTINGS_FILE, content)
+        return 0
+
+
+@dataclass(kw_only=True)
+class Report(Command):
+    """Write the tables and figures of a folder's records again.
+
+    python -m experiments report results/split-digits-class
+    """
+
+    folder: Positional[Folder]
+    """what compare or run has written"""
+
+    def run(self, command_line: str) -> int:
+        from experiments.reporting.report import write_report
+        from experiments.running.records import Results
+
+        finished: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        failed: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for result in Results(self.folder).load():
+            group = (result["config"]["benchmark"], result["config"]["scenario"])
+            (failed if "error" in result else finished)[group].append(result)
+        if not finished:
+            raise UserError(f"there are no finished runs in {self.folder}")
+        for group, results in finished.items():
+            folder = self.folder
+            if len(finished) > 1:
+                folder /= "-".join(group)
+            print(write_report(results, folder, failed[group]))
+            print(f"\nwritten to {folder}\n")
+        return 0
+
+
+@dataclass(kw_only=True)
+class List(Command):
+    """Name the benchmarks, scenarios, methods with their hyper-parameters, and models."""
+
+    def run(self, command_line: str) -> int:
+        registries: dict[str, Mapping[str, Any]] = {
+            "benchmarks": BENCHMARKS,
+            "scenarios": SCENARIOS,
+            "methods": METHODS,
+            "models": MODELS,
+        }
+        width = max(len(name) for entries in registries.values() for name in entries)
+        for kind, entries in registries.items():
+            print(f"{kind}:")
+            for name, entry in entries.items():
+                lines = [entry if isinstance(entry, str) else entry.description]
+                if kind == "benchmarks":
+                    lines.append(f"model {entry.model}; scenarios {', '.join(entry.scenarios)}")
+                elif kind == "methods":
+                    lines.append(", ".join(f"{key}={v}" for key, v in entry.defaults.items()))
+                for label, line in zip((name, ""), lines, strict=False):
+                    print(f"  {label:{width}}  {line}")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Sensitivity(Command):
+    """Vary every hyper-parameter that the search chose, with the final seeds and on test data."""
+
+    benchmark: Name = "split-mnist"
+    """the benchmark"""
+    scenario: Name = "class"
+    """task, domain or class"""
+    methods: Methods = ("classp", "classp-matrix")
+    """the methods"""
+    seeds: Seeds = 5
+    """seeds 0 to N-1"""
+    jobs: Jobs = None
+    """runs at a time"""
+    output: Annotated[
+        Path | None, _one(_path, "FOLDER"), _default("results/sensitivity-BENCHMARK-SCENARIO")
+    ] = None
+    """where results go"""
+    data_root: DataRoot = None
+    """where datasets lie or are downloaded to"""
+
+    def run(self, command_line: str) -> int:
+        _known("benchmark", self.benchmark, BENCHMARKS)
+        _known("scenario", self.scenario, SCENARIOS)
+        methods = _known_methods(self.methods)
+        from experiments.tuning.sensitivity import write_sensitivity
+
+        options = {**vars(self), "methods": methods, "command": command_line}
+        print(write_sensitivity(**options))
+        return 0
+
+
+@dataclass(kw_only=True)
+class Defaults(Command):
+    """Search one setting of CLASSP on parts of five benchmarks: the library's defaults."""
+
+    trials: Count = 40
+    """their number in all"""
+    first: Annotated[
+        tuple[tuple[float, float, float], ...],
+        UseAppendAction,
+        arg(name="try", metavar="LR EPSILON POWER"),
+    ] = ()
+    """what a new search tries first, with threshold 0"""
+    output: Folder = Path("results/defaults")
+    """keeps the trials"""
+    data_root: DataRoot = None
+    """where datasets lie or are downloaded to"""
+
+    def run(self, command_line: str) -> int:
+        from experiments.tuning.defaults import search_defaults
+
+        print(search_defaults(**vars(self)))
+        return 0
+
+
+@dataclass(kw_only=True)
+class SubsetRanking(Command):
+    """Tell whether a part of the training data ranks settings as all of it does.
+
+    The trials of a search with --train-share below 1 are run again with all training data.
+    """
+
+    folder: Positional[Folder]
+    """where the journals of the search are"""
+    methods: Methods
+    """the methods"""
+    jobs: Jobs = None
+    """runs at a time"""
+    data_root: DataRoot = None
+    """where datasets lie or are downloaded to"""
+
+    def run(self, command_line: str) -> int:
+        from experiments.tuning.subset_ranking import rank_subset
+
+        print(rank_subset(**vars(self)))
+        return 0
+
+
+@dataclass(kw_only=True)
+class SideBySide(Command):
+    """Print one table of several comparisons: accuracy, and difference from classp-matrix."""
+
+    folders: Positional[Folders]
+    """what compare has written"""
+
+    def run(self, command_line: str) -> int:
+        from experiments.reporting.side_by_side import side_by_side
+
+        print("\n\n".join(side_by_side(self.folders)))
+        return 0
+
+
+@dataclass(kw_only=True)
+class Speed(Command):
+    """Measure steps, loading, metrics and long streams.
+
+    python -m experiments speed step
+    """
+
+    resumable: ClassVar[bool] = False
+
+    cases: Positional[Annotated[tuple[str, ...], _words(tuple, "[CASE ...]", "*")]] = ()
+    """what to measure; default: all"""
+    pairs: Count = 5
+    """pairs of runs"""
+    rounds: Count = 40
+    """turns of each contender in step and matrix"""
+    threads: Count = 1
+    """torch's"""
+    device: Device = "cpu"
+    """of step and matrix; the other cases use the CPU"""
+    quick: bool = False
+    """one pair, and short streams"""
+    data_root: DataRoot = None
+    """where datasets lie or are downloaded to"""
+    output: Annotated[Path | None, _one(_path, "FOLDER"), _default("none")] = None
+    """for the figure of growth"""
+
+    def run(self, command_line: str) -> int:
+        from experiments.speed.cases import measure_speed
+
+        measure_speed(**vars(self))
+        return 0
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "compare": Compare,
+    "run": Run,
+    "search": Search,
+    "report": Report,
+    "list": List,
+    "sensitivity": Sensitivity,
+    "defaults": Defaults,
+    "subset-ranking": SubsetRanking,
+    "side-by-side": SideBySide,
+    "speed": Speed,
+}
+
+
+# Reading a command line
+
+
+def parse(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """Return the command, and the words that say it without ``--config``.
+
+    Raises:
+        UserError: a word is wrong, or the config file is.
+    """
+    command = _parse(words)
+    path = getattr(command, "config", None)
+    if path is None:
+        return command, list(words)
+    whole = [words[0], *read_words(path, type(command)), *without_config(words[1:])]
+    return _parse(whole), whole
+
+
+def _parse(words: Sequence[str]) -> Command:
+    kind: Any
+    if words and words[0] in COMMANDS:
+        kind, program, rest = COMMANDS[words[0]], f"{PROGRAM} {words[0]}", words[1:]
+    else:
+        kinds = [Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items()]
+        kind, program, rest = functools.reduce(operator.or_, kinds), PROGRAM, words
+    about = (
+        "Compare continual-learning methods on Avalanche's benchmarks: the same stream, model and "
+        "protocol for all."
     )
+    description = about if program == PROGRAM else None
+    with events.on_parse_error(functools.partial(_refuse, words)):
+        return tyro.cli(kind, prog=program, description=description, args=list(rest))
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return the options of these names that were given."""
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
-
-
-def _methods(options: argparse.Namespace) -> list[str]:
-    from experiments.protocol.methods import METHODS
-
-    usual = [name for name, method in METHODS.items() if method.usual]
-    return [_known("method", name) for name in dict.fromkeys(options.methods or usual)]
-
-
-def _benchmark(options: argparse.Namespace) -> Benchmark:
-    """Return the benchmark, and fill in its default scenario."""
-    from experiments.protocol.benchmarks import BENCHMARKS
-
-    spec = BENCHMARKS[_known("benchmark", options.benchmark)]
-    options.scenario = _known("scenario", options.scenario or spec.scenarios[0])
-    if options.model is not None:
-        _known("model", options.model)
-    return spec
-
-
-def _known(kind: str, name: str) -> str:
-    names = _registries()[kind]
-    if name not in names:
-        raise UserError(f"unknown {kind} {name!r}; choose from {', '.join(names)}")
-    return name
-
-
-def _registries() -> dict[str, Mapping[str, Any]]:
-    from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS
-    from experiments.protocol.methods import METHODS
-    from experiments.protocol.models import MODELS
-
-    return {"benchmark": BENCHMARKS, "scenario": SCENARIOS, "method": METHODS, "model": MODELS}
-
-
-def _output(options: argparse.Namespace) -> Path:
-    return options.output or Path("results") / f"{options.benchmark}-{options.scenario}"
+def _refuse(words: Sequence[str], event: events.ParseErrorEvent) -> None:
+    """Raise the error of one line for an event of tyro's."""
+    name = words[0] if words and words[0] in COMMANDS else None
+    message = ""
+    if isinstance(event, events.InstantiationFailure):
+        option = event.argument.display_name() if event.argument else ""
+        message = f"{option} {event.message}".strip()
+    elif isinstance(event, events.BadValue):
+        message = f"{event.argument.display_name()} needs a value"
+    elif isinstance(event, events.InvalidChoice):
+        choices = " or ".join(event.choices)
+        message = f"{event.argument.display_name()} must be {choices}, got {event.value!r}"
+    elif isinstance(event, events.MissingArgs):
+        missing = [found.arg.display_name() for found in event.missing_arguments]
+        message = f"{', '.join(missing)} must be given"
+    elif name is None:
+        word = next(iter(words), None)
+        known = nearest(word or "", COMMANDS)
+        message = "name a command" if word is None else f"unknown command {word!r}"
+        message += f"; {known}"
+    elif isinstance(event, events.UnrecognizedArgs):
+        word = event.tokens[0]
+        fields = dataclasses.fields(COMMANDS[name])
+        options = [f"--{field.name.replace('_', '-')}" for field in fields]
+        message = f"unknown option {word!r}; {nearest(word, options)}"
+    if message:
+        usage = f"`{' '.join([PROGRAM, *([name] if name else []), '--help'])}` explains it"
+        raise UserError(f"{message}; {usage}")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
+from experiments.protocol.config import format_value
 
 
-def read_words(path: Path, words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Return the command line with the file's options in the place of ``--config``.
+def read_words(path: Path, command: type) -> list[str]:
+    """Return a file's options as words of the command line.
 
-    The file's come before what the user typed, so that the user has the last word. A key is an
-    option without its dashes (``data-root`` or ``data_root``), hyper-parameters stand in the
-    table ``set``::
+    They come before what the user typed, so that the user has the last word. A key is an option
+    without its dashes (``data-root`` or ``data_root``), hyper-parameters stand in the table
+    ``set``::
 
         benchmark = "split-mnist"
         methods = ["classp", "ewc"]
@@ -27,8 +28,7 @@ def read_words(path: Path, words: Sequence[str], parser: argparse.ArgumentParser
 
     Args:
         path: the TOML file.
-        words: the command line, the command first.
-        parser: the command's.
+        command: the dataclass whose fields are the options.
 
     Raises:
         UserError: the file cannot be read, is no TOML, or has an unknown key.
@@ -39,41 +39,51 @@ def read_words(path: Path, words: Sequence[str], parser: argparse.ArgumentParser
         raise UserError(f"cannot read --config {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is no TOML file: {error}") from None
-    actions = {
-        action.option_strings[0].removeprefix("--"): action
-        for action in parser._actions
-        if action.option_strings and action.dest not in ("help", "config")
+    defaults = {
+        field.name.replace("_", "-"): field.default
+        for field in dataclasses.fields(command)
+        if field.name != "config"
     }
-    from_file: list[str] = []
+    words: list[str] = []
     for key, value in values.items():
         name = key.replace("_", "-")
-        if name not in actions:
+        if name not in defaults:
             raise UserError(
-                f"--config {path} has the unknown key {key!r}; known are {', '.join(actions)}"
+                f"--config {path} has the unknown key {key!r}; known are {', '.join(defaults)}"
             )
         try:
-            from_file += _words_of(name, value, actions[name])
+            words += _words_of(name, value, defaults[name])
         except ValueError as error:
             raise UserError(f"--config {path}: {key} {error}, got {value!r}") from None
-    return [words[0], *from_file, *_without_config(words[1:])]
+    return words
 
 
-def _words_of(name: str, value: Any, action: argparse.Action) -> list[str]:
+def without_config(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words but ``--config FILE``."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            next(rest)
+        elif not word.startswith("--config="):
+            yield word
+
+
+def _words_of(name: str, value: Any, default: Any) -> list[str]:
     option = f"--{name}"
     if name == "set":
         if not isinstance(value, Mapping):
             raise ValueError("must be a table of hyper-parameters")
         return [word for text in _overrides(value) for word in (option, text)]
-    if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+    if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
-        return [option] if value else list(action.option_strings[1:])
+        return [option if value else f"--no-{name}"]
     values = value if isinstance(value, list) else [value]
     if any(isinstance(item, list | Mapping | bool) for item in values):
         raise ValueError("must be a text or a number, or a list of them")
-    if action.nargs == "+":
+    if isinstance(default, tuple):
         return [option, *map(str, values)]
-    return [f"{option}={','.join(map(str, values))}"]
+    return [f"{option}={format_value(value)}"]
 
 
 def _overrides(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -81,13 +91,5 @@ def _overrides(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _overrides(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={str(value).lower() if isinstance(value, bool) else value}"
-
-
-def _without_config(words: Sequence[str]) -> Iterator[str]:
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            next(rest)
-        elif not word.startswith("--config="):
-            yield word
+            # A list is none that a hyper-parameter could have: it is shown as it stands.
+            yield f"{prefix}{key}={value if isinstance(value, list) else format_value(value)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -23,9 +25,14 @@ def print_error(message: str) -> None:
     print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
-def print_interrupted() -> None:
-    """Say on standard error that Ctrl-C has lost nothing."""
-    print(
-        "interrupted: finished runs are saved, the same command goes on from there",
-        file=sys.stderr,
-    )
+def print_interrupted(resumable: bool) -> None:
+    """Say on standard error that Ctrl-C ended it, and that it has lost nothing if it has not."""
+    rest = ": finished runs are saved, the same command goes on from there" if resumable else ""
+    print(f"interrupted{rest}", file=sys.stderr)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question for the known names that are like this one, or the list of them all."""
+    names = list(known)
+    near = get_close_matches(name, names)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"

@@ -11,8 +11,7 @@ import torch
 from avalanche.benchmarks.datasets import default_dataset_location
 
 from avalanche_classp import CLASSPOptimizer
-from experiments.arguments import make_parser
-from experiments.configfile import read_words
+from experiments.cli import Compare, parse
 from experiments.protocol.tuned_settings import place_of
 from experiments.reporting.side_by_side import side_by_side
 from experiments.reporting.tables import markdown_table, table_rows
@@ -63,11 +62,10 @@ def test_the_config_file_of_the_readme_is_understood(tmp_path):
     (content,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     path = tmp_path / "permuted.toml"
     path.write_text(content)
-    parser = make_parser(dict.fromkeys(("compare", "run", "search", "report", "list")))
-    words = ["compare", "--config", str(path), "--epochs", "2"]
-    options = parser.parse_args(read_words(path, words, parser.parse_args(words).known))
+    options, _ = parse(["compare", "--config", str(path), "--epochs", "2"])
+    assert isinstance(options, Compare)
     assert (options.benchmark, options.seeds, options.epochs) == ("permuted-mnist", 5, 2)
-    assert options.overrides == ["classp.lr=0.03", "classp.threshold=1e-06"]
+    assert options.set == ("classp.lr=0.03", "classp.threshold=1e-06")
 
 
 def test_the_update_rule_of_the_readme_is_the_optimizers():

@@ -122,6 +122,9 @@ def _from_dict(values: dict[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
+# Values as people write them
+
+
 def parse_value(text: str, like: float | int | bool, name: str) -> float | int | bool:
     """Turn the text into a value of the same type as ``like``.
 
@@ -138,3 +141,25 @@ def parse_value(text: str, like: float | int | bool, name: str) -> float | int |
     except (ValueError, KeyError):
         kind = {bool: "true or false", int: "a whole number", float: "a finite number"}
         raise UserError(f"{name} must be {kind[type(like)]}, got {text!r}") from None
+
+
+def parse_whole(text: str, least: int = 1, most: int | None = None) -> int:
+    """Turn the text into a whole number; ValueError where it is none from least to most."""
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"must be a whole number of at least {least}, got {text}")
+    if most is not None and int(text) > most:
+        raise ValueError(f"must be at most {most}, got {text}")
+    return int(text)
+
+
+def parse_epochs(text: str) -> Epochs:
+    """Turn ``N`` or ``N,N,...`` into epochs; ValueError where it is neither."""
+    numbers = tuple(map(parse_whole, text.split(",")))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def format_value(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -175,7 +175,8 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
     own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "paper_phases"}
     phases = PAPER_PHASES if hyper.get("paper_phases") else None
-    return CLASSP(model=model, phases=phases, **own, **common)
+    history = "gradients" if "rank" in own else "weights"
+    return CLASSP(model=model, phases=phases, history=history, **own, **common)
 
 
 # Search spaces. Learning rates reach down to where a method hardly moves, because slow learning
@@ -383,8 +384,7 @@ METHODS = {
         style=Style("#d55e00", "*"),
     ),
     "classp-matrix": Method(
-        description="CLASSP with matrix accumulators (rank above 0), an extension: a history for "
-        "directions",
+        description="CLASSP with matrix accumulators, an extension: a history for directions",
         defaults=_MATRIX,
         build=_classp,
         space=_matrix_space,
@@ -412,7 +412,7 @@ def _with_matrices(method: str, penalty: Space) -> Method:
 
         strategy = spec.build(model, {key: hyper[key] for key in spec.defaults}, common)
         own: dict[str, Any] = {key: hyper[key] for key in _MATRIX}
-        strategy.plugins.append(CLASSPPlugin(**own))
+        strategy.plugins.append(CLASSPPlugin(history="gradients", **own))
         return strategy
 
     return Method(

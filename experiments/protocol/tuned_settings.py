@@ -9,12 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError, one_line
+from experiments.errors import UserError, nearest, one_line
 from experiments.protocol.benchmarks import BENCHMARKS, require_possible
 from experiments.protocol.config import Epochs, Hyper, RunConfig
 from experiments.protocol.methods import METHODS
 from experiments.protocol.models import make_model
-from experiments.running.records import write_atomically
 
 SETTINGS_FILE = Path(__file__).with_name("tuned_settings.json")
 """What the search chose for each benchmark, scenario and method (see results/README.md)."""
@@ -89,16 +88,16 @@ def source_of(config: RunConfig) -> str:
     return "given"
 
 
-def adopt(
+def adopted(
     benchmark: str, scenario: str, settings: Mapping[str, Setting], model: str | None = None
-) -> None:
-    """Write settings, by method, to :data:`SETTINGS_FILE`."""
+) -> str:
+    """Return what :data:`SETTINGS_FILE` has to hold for these settings, by method."""
     _settings.cache_clear()  # another process may have changed it
     chosen = _settings()
     _settings.cache_clear()  # it is changed now
     place = chosen.setdefault(place_of(benchmark, scenario, model), {})
     place.update({method: setting.as_dict() for method, setting in settings.items()})
-    write_atomically(SETTINGS_FILE, json.dumps(chosen, indent=1, sort_keys=True) + "\n")
+    return json.dumps(chosen, indent=1, sort_keys=True) + "\n"
 
 
 def require_known(method: str, hyper: Iterable[str]) -> None:
@@ -110,7 +109,7 @@ def require_known(method: str, hyper: Iterable[str]) -> None:
     known = METHODS[method].defaults
     for key in hyper:
         if key not in known:
-            raise UserError(f"{method} has no hyper-parameter {key!r}; it has {', '.join(known)}")
+            raise UserError(f"{method} has no hyper-parameter {key!r}; {nearest(key, known)}")
 
 
 def make_config(

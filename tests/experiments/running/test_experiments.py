@@ -28,6 +28,7 @@ from small_data import small_config, without_times
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import avalanche_classp
 from avalanche_classp import CLASSP
 from experiments.cli import main
 from experiments.errors import UserError
@@ -38,7 +39,7 @@ from experiments.protocol.tuned_settings import (
     SETTINGS_FILE,
     Setting,
     _settings,
-    adopt,
+    adopted,
     make_config,
     searched_setting,
     source_of,
@@ -270,7 +271,8 @@ def test_a_setting_belongs_to_the_model_that_it_was_searched_with(tmp_path, monk
     other = make_config("split-digits", "class", "classp", model="mlp-400")
     assert (source_of(own), source_of(other)) == ("searched", "transferred")
     assert other.hyper == own.hyper
-    adopt("split-digits", "class", {"classp": Setting(3, 32, {"lr": 0.5})}, "mlp-400")
+    setting = {"classp": Setting(3, 32, {"lr": 0.5})}
+    path.write_text(adopted("split-digits", "class", setting, "mlp-400"), encoding="utf-8")
     after = make_config("split-digits", "class", "classp", model="mlp-400")
     assert (source_of(after), after.hyper["lr"], after.epochs) == ("searched", 0.5, 3)
     assert make_config("split-digits", "class", "classp") == own
@@ -407,11 +409,14 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("compare --benchmark split-mnits", "unknown benchmark 'split-mnits'"),
+        (
+            "compare --benchmark split-mnits",
+            "unknown benchmark 'split-mnits'; did you mean split-mnist",
+        ),
         ("compare --scenario instance", "unknown scenario 'instance'"),
         ("compare --methods naive sgd", "unknown method 'sgd'"),
         ("run --method ''", "unknown method"),
-        ("run --model mlp", "unknown model 'mlp'; choose from mlp-256"),
+        ("run --model mlp", "unknown model 'mlp'; did you mean mlp-400 or mlp-256?"),
         ("run --model cnn", "model 'cnn' takes images of 1 or 3 channels"),
         ("run --experiences 3", "split-digits cannot have 3 experiences"),
         ("run --benchmark permuted-mnist --scenario task", "has no scenario 'task'"),
@@ -443,23 +448,65 @@ def test_wrong_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        "",
-        "train",
-        "compare --seeds 0",
-        "compare --seeds x",
-        "run --seed -1",
-        "run --x 1",
-        "run --epochs 1,0",
-        "compare --engine slurm",
+        ("", "name a command; choose from compare, run, search"),
+        ("train", "unknown command 'train'"),
+        ("serch", "unknown command 'serch'; did you mean search?"),
+        ("compare --seeds 0", "--seeds must be a whole number of at least 1, got 0"),
+        ("compare --seeds x", "--seeds must be a whole number of at least 1, got x"),
+        ("compare --seeds 10001", "--seeds must be at most 10000, got 10001"),
+        ("run --seed -1", "--seed must be a whole number of at least 0, got -1"),
+        ("run --seed", "--seed needs a value"),
+        ("run --x 1", "unknown option '--x'; choose from --benchmark"),
+        ("run --sed 1", "unknown option '--sed'; did you mean --seed"),
+        ("run --epochs 1,0", "--epochs must be a whole number of at least 1, got 0"),
+        ("compare --engine slurm", "--engine must be local or ray, got 'slurm'"),
+        ("compare --methods", "--methods needs a value"),
+        ("report", "folder must be given"),
+        ("report a b", "unknown option 'b'"),
+        ("sensitivity --jobs 0", "--jobs must be a whole number of at least 1, got 0"),
     ],
 )
-def test_wrong_words_show_the_usage(words, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(words.split())
-    assert end.value.code == 2
-    assert "usage: python -m experiments" in capsys.readouterr().err
+def test_wrong_words_are_one_line_that_names_the_help(words, message, capsys):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    name = words.split()[0] if "command" not in message else ""
+    help_ = " ".join(["python -m experiments", *([name] if name else []), "--help"])
+    assert error.endswith(f"; `{help_}` explains it\n")
+
+
+@pytest.mark.parametrize(
+    "words", ["compare --benchmark split-mnits", "run --method ewcc", "run --set lrr=1", "serch"]
+)
+def test_a_wrong_name_is_told_without_torch_or_avalanche(words):
+    program = (
+        "import sys\nfrom experiments.cli import main\n"
+        f"assert main({words.split()!r}) == 2\n"
+        "print([name for name in ('torch', 'avalanche', 'optuna') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert "did you mean" in done.stderr
+
+
+def test_help_names_commands_and_options(capsys):
+    for words, shown in (
+        (["--help"], ["compare", "subset-ranking", "side-by-side"]),
+        (["compare", "--help"], ["--methods METHOD", "--set METHOD.KEY=VALUE", "(default: 3)"]),
+        (["run", "--help"], ["--set KEY=VALUE", "--tensorboard, --no-tensorboard"]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert all(text in out for text in shown)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"avalanche-classp {avalanche_classp.__version__}\n"
 
 
 def test_a_config_file_says_what_the_command_line_can(tmp_path):
