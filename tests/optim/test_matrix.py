@@ -485,18 +485,37 @@ def test_a_kind_of_history_has_defaults_of_its_own():
 
 @parametrize("size", [1e-5, 1e3])
 @parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_step_inside_autocast_is_the_one_outside(dtype, size):
+@parametrize("both_sides", [False, True])
+def test_a_step_inside_autocast_is_the_one_outside(dtype, size, both_sides):
     found = []
+    hyper = {"lr": 1e-3, "epsilon": 0.1, "history": "gradients", "rank": 3}
     for enabled in (False, True):
         w = nn.Parameter(torch.zeros(6, 5))
-        optimizer = CLASSPOptimizer([w], lr=1e-3, epsilon=0.1, history="gradients", rank=3)
+        optimizer = CLASSPOptimizer([w], both_sides=both_sides, **hyper)
         for _ in range(4):
             w.grad = torch.full((6, 5), size)
             with torch.autocast("cpu", dtype, enabled=enabled):
                 optimizer.step()
+                optimizer.consolidate(2.0)
         assert optimizer.state[w]["sketch"].dtype == torch.float32
         found.append(w.detach())
     assert torch.isfinite(found[0]).all() and torch.equal(*found)
+
+
+def test_a_closure_inside_autocast_stays_inside():
+    model, seen = nn.Linear(4, 3), []
+    optimizer = CLASSPOptimizer(model.parameters(), history="gradients")
+
+    def closure():
+        optimizer.zero_grad()
+        outputs = model(torch.ones(2, 4))
+        seen.append(outputs.dtype)
+        outputs.float().sum().backward()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [torch.bfloat16]
 
 
 @parametrize("power", [0.5, 1.0, 1.5, 2.0, 3.0])
@@ -525,22 +544,41 @@ def test_a_parameter_without_entries_is_left_alone(shape):
     optimizer.consolidate(3.0)
 
 
-@parametrize("hyper", [{}, {"threshold": 0.1}, {"history": "gradients", "rank": 2}])
-def test_a_default_device_changes_nothing(hyper):
+@parametrize("nonfinite", ["raise", "skip"])
+@parametrize(
+    "hyper",
+    [
+        {},
+        {"threshold": 0.1},
+        {"foreach": True},
+        {"history": "gradients", "rank": 2},
+        {"history": "gradients", "rank": 2, "both_sides": True},
+    ],
+)
+def test_a_default_device_changes_nothing(hyper, nonfinite):
     """Meta shows it without a GPU: a number that is read there is an error."""
     found = []
     for device in ("cpu", "meta"):
         w = nn.Parameter(torch.zeros(20, 5))
         w.grad = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-        optimizer = CLASSPOptimizer([w], lr=0.1, epsilon=0.1, **hyper)
+        wider = nn.Parameter(torch.zeros(20, 6))
+        wider.grad = torch.ones(20, 6)
+        hyper = {"lr": 0.1, "epsilon": 0.1, "nonfinite": nonfinite} | hyper
+        optimizer, new = (CLASSPOptimizer([p], **hyper) for p in (w, wider))
         cutoff.cache_clear()
         torch.set_default_device(device)
         try:
-            optimizer.step()
+            for _ in range(2):
+                optimizer.step()
+                optimizer.consolidate(2.0)
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            carry_accumulators(optimizer, [("w", w)], new, [("w", wider)])
+            new.step()
         finally:
-            torch.set_default_device("cpu")
-        found.append(w.detach())
-    assert torch.equal(*found)
+            torch.set_default_device(None)
+        found.append((w.detach(), wider.detach(), diagonal(new.state[wider], wider)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 @parametrize(

@@ -694,6 +694,22 @@ def test_load_state_dict_loads_what_a_pre_hook_returns():
     assert_same(accumulators(opt), [loaded])
 
 
+@parametrize("value", [1, "text", [1, 2], {"x": 1}, None])
+@parametrize("key", ["note", 7])
+def test_entries_of_the_users_own_pass_through_a_state_dict(key, value):
+    model, other = network(), network()
+    opt, new = (CLASSPOptimizer(m.parameters(), **HYPER) for m in (model, other))
+    train(model, opt, range(2))
+    opt.state[key] = value
+    opt.load_state_dict(opt.state_dict())
+    new.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
+    other.load_state_dict(model.state_dict())
+    assert opt.state[key] == new.state[key] == value
+    for m, o in ((model, opt), (other, new)):
+        train(m, o, range(2, 4))
+    assert_same(accumulators(opt), accumulators(new))
+
+
 def test_none_stands_for_the_default():
     nothing = dict.fromkeys(("lr", "threshold", "epsilon", "power", "apply_decay", "nonfinite"))
     given, plain = (CLASSPOptimizer([Parameter(randn(2))], **h) for h in (nothing, {}))
