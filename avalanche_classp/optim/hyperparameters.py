@@ -195,6 +195,10 @@ class Hyperparameters(TypedDict, total=False):
             only=("gradients",),
         ),
     ]
+    maximize: Annotated[
+        bool | None,
+        Spec("Maximize the objective instead of minimizing it.", _flag, False),
+    ]
     nonfinite: Annotated[
         str | None,
         Spec(

@@ -100,7 +100,6 @@ class CLASSPOptimizer(Optimizer):
             parameter groups; each group may set every hyper-parameter itself. Any shape; float64,
             float32, bfloat16 and float16.
         {hyperparameters}
-        maximize: Maximize the objective instead of minimizing it. Default: False.
 
     All ways to take a step give the same numbers: with the powers 1 and 2 to the last bit on a CPU
     with AVX2, with others but for rounding. Only ``foreach=True``, ``foreach=False`` and a GPU's
@@ -168,7 +167,7 @@ class CLASSPOptimizer(Optimizer):
         nonfinite: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
-        maximize: bool = False,
+        maximize: bool | None = None,
     ) -> None:
         given = {
             "lr": lr,
@@ -182,17 +181,16 @@ class CLASSPOptimizer(Optimizer):
             "nonfinite": nonfinite,
             "foreach": foreach,
             "fused": fused,
+            "maximize": maximize,
         }
         # The defaults are checked even if every group overrides them.
         validate(given)
-        if not isinstance(maximize, bool):
-            raise TypeError(f"maximize must be True or False, got {maximize!r}")
         if not isinstance(params, Iterable):
             raise TypeError(
                 f"params must be an iterable of parameters, of (name, parameter) pairs or of "
                 f"dicts, got {params!r}"
             )
-        super().__init__(params, {**resolve(given), "maximize": maximize})
+        super().__init__(params, resolve(given))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; hyper-parameters that it does not name are the constructor's.

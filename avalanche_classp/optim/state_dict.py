@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from avalanche_classp.optim.accumulators import has_history, kind_of
 from avalanche_classp.optim.accumulators.base import require_type
-from avalanche_classp.optim.hyperparameters import validate
+from avalanche_classp.optim.hyperparameters import SPECS, resolve, validate
 from avalanche_classp.optim.rule import accumulator_dtype
 
 __all__ = ["VERSION", "copy_accumulators", "require_loadable"]
@@ -18,7 +18,7 @@ __all__ = ["VERSION", "copy_accumulators", "require_loadable"]
 VERSION = 1
 """The version of what ``state_dict()`` returns; raised when a release could misread another's."""
 
-_ALWAYS_SAVED = ("params", "lr", "threshold", "epsilon", "power", "apply_decay", "history")
+_ALWAYS_SAVED = ("params", *SPECS)
 """Keys of a saved group."""
 
 
@@ -34,8 +34,8 @@ def require_loadable(
     Raises:
         TypeError, ValueError: it is not; the message says where.
     """
-    version = state_dict.get("version")
-    if version != VERSION:
+    version = state_dict.get("version", VERSION)  # torch.distributed.checkpoint drops it
+    if type(version) is not int or version != VERSION:
         raise ValueError(
             f"state_dict has version {version!r}, and this release of avalanche-classp reads "
             f"version {VERSION}; load it with the release that saved it"
@@ -80,6 +80,9 @@ def _require_group(i: int, group: Any) -> None:
         validate(group)
     except (TypeError, ValueError) as error:
         raise type(error)(f"state_dict's param_groups[{i}]: {error}") from None
+    for name, value in resolve(group).items():
+        if group[name] is None and value is not None:
+            raise TypeError(f"state_dict's param_groups[{i}]: {name} must not be None")
     require_type(f"param_groups[{i}]['params']", group["params"], list, tuple)
 
 

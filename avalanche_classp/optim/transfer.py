@@ -74,6 +74,7 @@ def carry_accumulators(
             old model has a history.
 
     Example:
+        >>> import torch
         >>> small, large = torch.nn.Linear(3, 2), torch.nn.Linear(3, 5)
         >>> old = CLASSPOptimizer(small.parameters())
         >>> small(torch.ones(1, 3)).sum().backward()

@@ -149,9 +149,9 @@ def test_a_used_direction_is_protected_whatever_weights_it_is_made_of():
             before = w.detach().clone()
             w.grad = 0.01 * direction
             optimizer.step()
-            moved[rank, direction is free] = (w.detach() - before).norm().item()
-    assert moved[2, True] > 50 * moved[2, False]
-    assert moved[0, True] == pytest.approx(moved[0, False], rel=0.01)
+            moved[history, direction is free] = (w.detach() - before).norm().item()
+    assert moved["gradients", True] > 50 * moved["gradients", False]
+    assert moved["weights", True] == pytest.approx(moved["weights", False], rel=0.01)
 
 
 def test_with_both_sides_used_inputs_stay_free_for_other_outputs():
@@ -419,7 +419,7 @@ def test_a_sketch_widens_with_its_layer():
 
 @parametrize("both_sides", [False, True])
 def test_in_avalanche_a_growing_head_keeps_its_sketch(tiny, both_sides):
-    hyper = {"rank": 8, "lr": 0.01, "both_sides": both_sides}
+    hyper = {"history": "gradients", "rank": 8, "lr": 0.01, "both_sides": both_sides}
     strategy = build(CLASSP, growing_head(), optimizer=None, **hyper)
     sizes, steps = [], 0
     for experience in tiny.train_stream:
@@ -511,7 +511,6 @@ def test_no_step_without_history_however_large_the_gradient(power):
             assert torch.equal(w.detach(), torch.zeros(16, 24))
             continue
         assert optimizer.state[w]["sketch"].norm() > 0
-        assert w.detach().norm() <= 0.1 * (1 + 1e-3), exponent
         w.grad = torch.full((16, 24), 10.0**exponent)
         optimizer.step()
         assert torch.isfinite(w).all()

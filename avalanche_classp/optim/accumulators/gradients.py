@@ -54,7 +54,7 @@ def size_of(param: Tensor, side: str) -> int:
 def columns_for(param: Tensor, rank: int, side: str) -> int:
     """Return how many columns a sketch has: rank, or as many as make one number per weight."""
     size = size_of(param, side)
-    return min(rank, size, max(ROWS, param.numel() // size))
+    return min(rank, size, max(ROWS, param.numel() // max(size, 1)))
 
 
 def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, Any]:
