@@ -397,16 +397,15 @@ def test_metrics_of_strategies_in_turn_do_not_mix(tiny):
 
 def test_an_interrupted_experience_is_of_the_same_strategy(tiny):
     metrics = classp_metrics(experience=True)
+
+    def interrupt(strategy: Any) -> None:
+        strategy.plugins.pop(0)
+        raise KeyboardInterrupt
+
     for hook in ("before_training_iteration", "after_update", "after_training_iteration"):
         strategy = classp(linear_head(), metrics, lr=0.1)
         fit(strategy, tiny.train_stream[:2])
-
-        def interrupt(strategy: Any) -> None:
-            strategy.plugins.remove(stop)
-            raise KeyboardInterrupt
-
-        stop = On(**{hook: interrupt})
-        strategy.plugins.insert(0, stop)
+        strategy.plugins.insert(0, On(**{hook: interrupt}))
         with pytest.raises(KeyboardInterrupt):
             fit(strategy, tiny.train_stream[2:])
         fit(strategy, tiny.train_stream[2:])
