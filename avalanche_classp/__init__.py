@@ -15,7 +15,7 @@ from avalanche_classp.optim.optimizer import CLASSPOptimizer, NonFiniteGradientE
 from avalanche_classp.optim.transfer import CarryReport, carry_accumulators
 
 if TYPE_CHECKING:
-    from avalanche_classp.checkpoint.resume import checkpointed, mend_save_checkpoint
+    from avalanche_classp.checkpoint import checkpointed, mend_save_checkpoint
     from avalanche_classp.csv_logger import CSVValueLogger
     from avalanche_classp.data.in_memory import in_memory
     from avalanche_classp.metrics import classp_metrics
@@ -38,17 +38,17 @@ __all__ = [
     "in_memory",
     "mend_save_checkpoint",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _NEEDS_AVALANCHE = {
     "CLASSP": "strategy",
     "CLASSPPlugin": "plugin",
     "CSVValueLogger": "csv_logger",
     "PAPER_PHASES": "plugin",
-    "checkpointed": "checkpoint.resume",
+    "checkpointed": "checkpoint",
     "classp_metrics": "metrics",
     "in_memory": "data.in_memory",
-    "mend_save_checkpoint": "checkpoint.resume",
+    "mend_save_checkpoint": "checkpoint",
 }
 
 

@@ -1,6 +1,8 @@
 """Metrics that show CLASSP at work, for Avalanche's EvaluationPlugin.
 
-``docs/metrics.md`` says how to read them.
+Each metric is two functions, what a layer contributes (``part``) and how contributions are put
+together (``combine``), and the common class that calls them. ``docs/metrics.md`` says how to read
+them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,7 @@ from torch import Tensor
 
 from avalanche_classp.optim.accumulators import diagonal
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
-from avalanche_classp.optim.rule import (
-    Rule,
-    accumulator_dtype,
-    cutoff,
-    largest_usable_gradient,
-    rule_of,
-)
+from avalanche_classp.optim.rule import Rule, accumulator_dtype, rule_of
 
 __all__ = [
     "AccumulatorMetric",
@@ -55,16 +51,14 @@ class Layer(NamedTuple):
     Attributes:
         name: its name in the model.
         param: the weights.
-        grad: their last gradient, if there is one.
-        accumulator: A, of the same shape; zeros where it was never updated; of a matrix accumulator
-            (``history="gradients"``) the diagonal, which is one number for each input; with
-            ``both_sides`` the geometric mean of that of its input and of its output.
+        accumulator: A of each weight, zeros without history. With ``history="gradients"`` it is
+            the diagonal of the matrix, the same for all weights of an input; with ``both_sides``
+            the geometric mean of its input's and its output's.
         rule: the hyper-parameters of its group.
     """
 
     name: str
     param: Tensor
-    grad: Tensor | None
     accumulator: Tensor
     rule: Rule
 
@@ -90,7 +84,7 @@ def layers(strategy: Any) -> Iterator[Layer]:
             accumulator = diagonal(optimizer.state.get(p), p)
             if accumulator is None:
                 accumulator = torch.zeros_like(p.detach(), dtype=accumulator_dtype(p))
-            yield Layer(name, p.detach(), p.grad, accumulator, rules[p])
+            yield Layer(name, p.detach(), accumulator, rules[p])
 
 
 def effective_rate(accumulator: Tensor, rule: Rule) -> Tensor:
@@ -107,8 +101,10 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
     """What all metrics of CLASSP share: when they look, and the names of what they emit.
 
     A name is ``CLASSP_KIND_Epoch/train_phase/train_stream``, with ``_MB`` for mini-batches and
-    ``_Exp`` for experiences, then perhaps ``/mean`` or ``/quantile_0.5``, then, ``per_layer``,
+    ``_Exp`` for experiences. Then may follow ``/mean`` or ``/quantile_0.5``, and, ``per_layer``,
     the parameter's name. The x of a value is the number of training iterations so far.
+
+    A metric that is used for another strategy starts afresh.
 
     Args:
         at: ``minibatch``, ``epoch`` or ``experience``: what a value is of.
@@ -116,6 +112,8 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
     """
 
     kind: str
+    kept: str | None = None
+    """What is copied of each layer at the beginning: ``param``, ``accumulator`` or nothing."""
 
     def __init__(self, at: str, per_layer: bool = False) -> None:
         super().__init__()
@@ -124,6 +122,8 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
         self.at = at
         self.per_layer = per_layer
         self._values: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
+        self._iterations = 0  # of the strategy, when this metric last saw one
 
     def __str__(self) -> str:
         return f"CLASSP_{self.kind}_{_SUFFIXES[self.at]}"
@@ -136,9 +136,6 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
         """Forget the last values."""
         self._values = {}
 
-    def begin(self, found: Sequence[Layer]) -> None:
-        """Note what is needed of the beginning of an epoch or experience."""
-
     def part(self, layer: Layer) -> Any:
         """Return what a layer contributes; called once for each value's time and layer."""
         raise NotImplementedError
@@ -147,37 +144,54 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
         """Return the values of layers taken together, by what follows the metric's name."""
         raise NotImplementedError
 
-    def end(self) -> None:
-        """Forget what was noted."""
+    def start_afresh(self) -> None:
+        """Forget everything: another strategy begins."""
+        self.reset()
+        self._before = {}
 
     def before_training(self, strategy: Any) -> None:
-        """Refuse a strategy that CLASSP does not train."""
+        """Refuse a strategy that CLASSP does not train, and tell whether it is another one."""
         list(layers(strategy))
+        now, then = strategy.clock.train_iterations, self._iterations
+        # One less if the last iteration was interrupted: Avalanche's clock comes last.
+        if now != then and (now == 0 or now != then - 1):
+            self.start_afresh()
+            self._iterations = now
 
     def before_training_exp(self, strategy: Any) -> None:
         """Begin, if the metric is of experiences."""
-        if self.at == "experience":
-            self.begin(list(layers(strategy)))
+        self._begin(strategy, "experience")
 
     def before_training_epoch(self, strategy: Any) -> None:
         """Begin, if the metric is of epochs."""
-        if self.at == "epoch":
-            self.begin(list(layers(strategy)))
+        self._begin(strategy, "epoch")
+
+    def before_training_iteration(self, strategy: Any) -> None:
+        """Begin, if the metric is of mini-batches."""
+        self._begin(strategy, "minibatch")
 
     def after_training_iteration(self, strategy: Any) -> list[MetricValue] | None:
         """Emit, if the metric is of mini-batches."""
-        return self._emit(strategy) if self.at == "minibatch" else None
+        self._iterations = strategy.clock.train_iterations + 1
+        return self._end(strategy, "minibatch")
 
     def after_training_epoch(self, strategy: Any) -> list[MetricValue] | None:
         """Emit, if the metric is of epochs."""
-        return self._emit(strategy) if self.at == "epoch" else None
+        return self._end(strategy, "epoch")
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue] | None:
         """Emit, if the metric is of experiences."""
-        return self._emit(strategy) if self.at == "experience" else None
+        return self._end(strategy, "experience")
+
+    def _begin(self, strategy: Any, at: str) -> None:
+        if self.kept and self.at == at:
+            found = layers(strategy)
+            self._before = {layer.name: getattr(layer, self.kept).clone() for layer in found}
 
     @torch.no_grad()
-    def _emit(self, strategy: Any) -> list[MetricValue]:
+    def _end(self, strategy: Any, at: str) -> list[MetricValue] | None:
+        if self.at != at:
+            return None
         found = list(layers(strategy))
         parts: Iterable[Any] = map(self.part, found)
         if self.per_layer:
@@ -187,7 +201,7 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
             for layer, part in zip(found, parts, strict=True):
                 for what, value in self.combine([part]).items():
                     self._values[f"{what}/{layer.name}"] = value
-        self.end()
+        self._before = {}
         phase, _ = phase_and_task(strategy)
         base = f"{self}/{phase}_phase/{stream_type(strategy.experience)}_stream"
         x = strategy.clock.train_iterations
@@ -197,7 +211,7 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
 class _Share(CLASSPMetric):
     """A sum over the weights divided by another; a part holds both."""
 
-    def combine(self, parts: Iterable[tuple[Tensor, Tensor | int]]) -> dict[str, float]:
+    def combine(self, parts: Iterable[tuple[Tensor | int, Tensor | int]]) -> dict[str, float]:
         """Return the share; 0 of nothing."""
         over, under = zip(*parts, strict=True)
         return {"": _total(over) / max(1, _total(under))}
@@ -206,31 +220,28 @@ class _Share(CLASSPMetric):
 class UpdatedMetric(_Share):
     """Share of the weights that were updated.
 
-    Of a mini-batch: those whose last gradient was above the threshold. Of an epoch or experience:
-    those whose accumulator grew; for that it keeps a copy of the accumulators meanwhile.
+    Of a mini-batch: those that its iteration moved; while gradients are accumulated, and where a
+    step was skipped, none. Of an epoch or experience: those whose accumulator grew. It keeps a copy
+    of the weights or accumulators meanwhile.
     """
 
     kind = "Updated"
 
     def __init__(self, at: str, per_layer: bool = False) -> None:
         super().__init__(at, per_layer)
-        self._before: dict[str, Tensor] = {}
-
-    def begin(self, found: Sequence[Layer]) -> None:
-        """Copy the accumulators."""
-        self._before = {layer.name: layer.accumulator.clone() for layer in found}
+        self.kept = "param" if at == "minibatch" else "accumulator"
 
     def part(self, layer: Layer) -> tuple[Tensor, int]:
         """Return how many weights were updated, and how many there are."""
-        updated = _chosen(layer) if self.at == "minibatch" else _grown(layer, self._before)
+        if self.kept == "accumulator":
+            updated = _grown(layer, self._before)
+        else:
+            now, before = _common(layer.param, self._before.get(layer.name))
+            updated = now != before
         return updated.count_nonzero(), layer.param.numel()
 
-    def end(self) -> None:
-        """Drop the copy."""
-        self._before = {}
 
-
-class _OfState(CLASSPMetric):
+class _Distribution(CLASSPMetric):
     """A distribution over the weights: its mean, and quantiles of a sample of each layer."""
 
     def __init__(
@@ -268,12 +279,13 @@ class _OfState(CLASSPMetric):
             upto = weights[places].cumsum(0)
             found = torch.searchsorted(upto, ranks * (size - 1), right=True)
             values = ordered[found.clamp(max=len(ordered) - 1)].tolist()
-            for q, value in zip(self.quantiles, values, strict=True):
-                result[f"/quantile_{q:g}"] = value
+            result |= {
+                f"/quantile_{q:g}": value for q, value in zip(self.quantiles, values, strict=True)
+            }
         return result
 
 
-class AccumulatorMetric(_OfState):
+class AccumulatorMetric(_Distribution):
     """Mean and quantiles of the accumulators A."""
 
     kind = "Accumulator"
@@ -283,7 +295,7 @@ class AccumulatorMetric(_OfState):
         return layer.accumulator
 
 
-class EffectiveRateMetric(_OfState):
+class EffectiveRateMetric(_Distribution):
     """Mean and quantiles of the effective learning rate lr / (epsilon + A)^(1/power)."""
 
     kind = "EffectiveRate"
@@ -329,30 +341,16 @@ class MovementMetric(_Share):
     """
 
     kind = "Movement"
+    kept = "param"
 
-    def __init__(self, at: str = "experience", per_layer: bool = False) -> None:
-        super().__init__(at, per_layer)
-        self._before: dict[str, Tensor] = {}
-
-    def begin(self, found: Sequence[Layer]) -> None:
-        """Copy the weights."""
-        self._before = {layer.name: layer.param.clone() for layer in found}
-
-    def part(self, layer: Layer) -> tuple[Tensor | int, int]:
+    def part(self, layer: Layer) -> tuple[Tensor, int]:
         """Return the sum of the squares, and of how many weights."""
-        before = self._before.get(layer.name)
-        if before is None or before.dim() != layer.param.dim():
-            return 0, 0
-        now, before = _common(layer.param, before)
+        now, before = _common(layer.param, self._before.get(layer.name))
         return (now - before).square().sum(dtype=torch.float64), now.numel()
 
-    def combine(self, parts: Iterable[tuple[Tensor, Tensor | int]]) -> dict[str, float]:
+    def combine(self, parts: Iterable[tuple[Tensor | int, Tensor | int]]) -> dict[str, float]:
         """Return the root mean square."""
         return {"": super().combine(parts)[""] ** 0.5}
-
-    def end(self) -> None:
-        """Drop the copy."""
-        self._before = {}
 
 
 class OverlapMetric(_Share):
@@ -363,15 +361,11 @@ class OverlapMetric(_Share):
     """
 
     kind = "Overlap"
+    kept = "accumulator"
 
-    def __init__(self, at: str = "experience", per_layer: bool = False) -> None:
+    def __init__(self, at: str, per_layer: bool = False) -> None:
         super().__init__(at, per_layer)
-        self._before: dict[str, Tensor] = {}
         self._used: dict[str, Tensor] = {}
-
-    def begin(self, found: Sequence[Layer]) -> None:
-        """Copy the accumulators."""
-        self._before = {layer.name: layer.accumulator.clone() for layer in found}
 
     def part(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return how many weights were used before, of how many updated now, and note these."""
@@ -380,9 +374,10 @@ class OverlapMetric(_Share):
         self._used[layer.name] = used | now
         return (now & used).count_nonzero(), now.count_nonzero()
 
-    def end(self) -> None:
-        """Drop the copy."""
-        self._before = {}
+    def start_afresh(self) -> None:
+        """Forget which weights were updated, too."""
+        super().start_afresh()
+        self._used = {}
 
 
 def classp_metrics(
@@ -408,7 +403,8 @@ def classp_metrics(
     * ``CLASSP_Overlap``: share of the weights updated in the experience that an earlier one used.
 
     Args:
-        minibatch: emit Updated after each iteration; reads all gradients and waits for the device.
+        minibatch: emit Updated after each iteration. Copies the weights in each, and waits for the
+            device.
         epoch: emit the first four after each epoch. Keeps a copy of the accumulators.
         experience: emit all after each experience. Keeps copies of the weights and, twice, of the
             accumulators during an experience, and a bool for each weight between them.
@@ -431,8 +427,13 @@ def classp_metrics(
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if not any(wanted.values()):
         raise ValueError("nothing to emit: give minibatch=True, epoch=True or experience=True")
-    _validate_quantiles(quantiles)
-    _validate_share(free_share)
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise TypeError(f"quantiles must be a sequence of numbers, got {quantiles!r}")
+    for q in quantiles:
+        if not 0 <= _number("quantiles", q) <= 1:
+            raise ValueError(f"quantiles must be from 0 to 1, got {q!r}")
+    if not 0 < _number("free_share", free_share) <= 1:
+        raise ValueError(f"free_share must be above 0 and at most 1, got {free_share!r}")
     metrics: list[CLASSPMetric] = []
     if minibatch:
         metrics.append(UpdatedMetric("minibatch", per_layer))
@@ -445,31 +446,19 @@ def classp_metrics(
                 FreeMetric(at, per_layer, free_share),
             ]
     if experience:
-        metrics += [MovementMetric(per_layer=per_layer), OverlapMetric(per_layer=per_layer)]
+        metrics += [MovementMetric("experience", per_layer), OverlapMetric("experience", per_layer)]
     return metrics
 
 
-def _chosen(layer: Layer) -> Tensor:
-    """Return which of the entries that the last gradient names were updated by it."""
-    if layer.grad is None:
-        return torch.zeros(1, dtype=torch.bool, device=layer.param.device)
-    dtype = layer.accumulator.dtype
-    grad = layer.grad.coalesce().values() if layer.grad.is_sparse else layer.grad
-    size = grad.to(dtype).abs()
-    chosen = size > cutoff(layer.rule.threshold, dtype)
-    if layer.rule.skip_nonfinite:
-        chosen &= size <= largest_usable_gradient(dtype, layer.rule.power)
-    return chosen
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
 
 
 def _grown(layer: Layer, before: dict[str, Tensor]) -> Tensor:
     """Return where the accumulator is larger than it was; new weights began at 0."""
-    old = before.get(layer.name)
-    if old is None:
-        return layer.accumulator > 0
-    if old.shape == layer.accumulator.shape:
-        return layer.accumulator > old
-    return layer.accumulator > _fitted(old, layer.accumulator)
+    return layer.accumulator > _fitted(before.get(layer.name), layer.accumulator)
 
 
 def _fitted(old: Tensor | None, like: Tensor) -> Tensor:
@@ -477,16 +466,17 @@ def _fitted(old: Tensor | None, like: Tensor) -> Tensor:
     if old is not None and old.shape == like.shape:
         return old
     fitted = torch.zeros_like(like)
-    if old is not None and old.dim() == like.dim():
-        into, values = _common(fitted, old)
-        into.copy_(values)
+    into, values = _common(fitted, old)
+    into.copy_(values)
     return fitted
 
 
-def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the part that two tensors of as many dimensions have in common: a growing head."""
-    where = tuple(slice(min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
-    return a[where], b[where]
+def _common(new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the part that two tensors have in common: a growing head; nothing without an old."""
+    if old is None or old.dim() != new.dim():
+        return new.new_empty(0), new.new_empty(0)
+    where = tuple(slice(min(m, n)) for m, n in zip(new.shape, old.shape, strict=True))
+    return new[where], old[where]
 
 
 def _total(parts: Iterable[Tensor | int]) -> float:
@@ -502,23 +492,7 @@ def _places(size: int) -> Tensor | None:
     if size <= _SAMPLE:
         return None
     # A generator of its own: training draws the same random numbers as without metrics. Not at
-    # regular distances, which could hit the same few columns of a matrix.
-    generator = torch.Generator().manual_seed(size)
-    return torch.randint(size, (_SAMPLE,), generator=generator).sort().values
-
-
-def _validate_quantiles(quantiles: Sequence[float]) -> None:
-    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
-        raise TypeError(f"quantiles must be a sequence of numbers, got {quantiles!r}")
-    for q in quantiles:
-        if isinstance(q, bool) or not isinstance(q, int | float):
-            raise TypeError(f"quantiles must be numbers, got {q!r}")
-        if not 0 <= q <= 1:
-            raise ValueError(f"quantiles must be from 0 to 1, got {q!r}")
-
-
-def _validate_share(share: float) -> None:
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise TypeError(f"free_share must be a number, got {share!r}")
-    if not 0 < share <= 1:
-        raise ValueError(f"free_share must be above 0 and at most 1, got {share!r}")
+    # regular distances, which could hit the same few columns of a matrix. On the CPU whatever
+    # torch's default device is.
+    generator = torch.Generator(device="cpu").manual_seed(size)
+    return torch.randint(size, (_SAMPLE,), generator=generator, device="cpu").sort().values

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from typing import Any, Unpack
 
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
-from torch import Tensor
+from avalanche.training.templates.base import BaseTemplate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from avalanche_classp import made_anew
 from avalanche_classp.optim.accumulators import has_history, kind_of
-from avalanche_classp.optim.hyperparameters import validate, validated_factor
+from avalanche_classp.optim.hyperparameters import (
+    SPECS,
+    Hyperparameters,
+    documented,
+    validate,
+    validated_factor,
+)
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
+from avalanche_classp.takeover import (
+    is_scheduled,
+    listed,
+    refuse_dead_references,
+    replacement,
+    step_hooks,
+)
 
 __all__ = ["PAPER_PHASES", "CLASSPPlugin"]
 
@@ -23,81 +38,82 @@ PAPER_PHASES: tuple[Mapping[str, Any], ...] = (
     {"apply_decay": False},
     {"apply_decay": True, "threshold": 0.0},
 )
-"""The paper's schedule for ``phases=``: the first experience trains without decay, above the
-threshold that the parameter groups have (the accumulators grow, the steps are SGD's); from the
-second on the accumulators suppress the steps and every non-zero gradient counts. The paper's
-vision experiment (MNIST, then Fashion-MNIST) uses it with lr 0.2, threshold 0.5, epsilon 1e-5 and
-power 1."""
+"""The paper's schedule for ``phases=``.
 
-_PHASE_KEYS = ("lr", "threshold", "epsilon", "power", "apply_decay")
-# What an optimizer that is being replaced hands on, where it has it.
-_CARRIED_KEYS = (*_PHASE_KEYS, "maximize", "nonfinite", "history", "rank", "both_sides")
-# Choices of implementation: nothing is lost with them.
-_IMPLEMENTATION_KEYS = ("foreach", "fused", "capturable", "differentiable")
+The first experience trains without decay, above the groups' threshold: the accumulators grow, the
+steps are SGD's. From the second on the accumulators suppress the steps, and every non-zero gradient
+counts. The paper's vision experiment (MNIST, then Fashion-MNIST) uses it with lr 0.2, threshold
+0.5, epsilon 1e-5 and power 1.
+"""
+
+_PHASE_KEYS = tuple(name for name, spec in SPECS.items() if spec.phase)
 
 
+@documented(
+    lr=(
+        None,
+        "For every parameter group, also those with an lr of their own. Default: None, each group "
+        "keeps the lr of the optimizer that is replaced. What is right for SGD is mostly too much "
+        "for CLASSP, see :class:`~avalanche_classp.CLASSPOptimizer`.",
+    )
+)
 class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Makes any Avalanche strategy train with CLASSP, and carries what it learnt to protect.
+    """Makes any Avalanche strategy train with CLASSP, and keeps what it accumulated.
 
-    When training (or an evaluation before it) begins, the plugin replaces the strategy's optimizer
-    by a :class:`~avalanche_classp.CLASSPOptimizer` with the same parameter groups; a
-    CLASSPOptimizer is used as it is. From then on the accumulators survive what Avalanche does to
-    models and optimizers: the reset before the first ``train()``, heads that grow (the history of
-    the old classes is kept to the bit, new classes start at zero), new heads, and evaluations that
-    replace a head's tensors, also in the middle of an experience. They are carried by parameter
-    name, and the plugin holds no tensors between experiences.
+    When training or evaluation begins, the plugin replaces the strategy's optimizer by a
+    :class:`~avalanche_classp.CLASSPOptimizer` with the same parameter groups and hooks. A
+    CLASSPOptimizer is used as it is.
+
+    The accumulators survive what Avalanche does to models and optimizers: the reset before the
+    first ``train()``, heads that grow (old classes keep their history to the bit, new classes begin
+    at zero), new heads, and evaluations that replace a head's tensors. They follow their parameters
+    by name. The plugin holds no tensors between experiences.
 
     Args:
-        lr: for every parameter group, also those with an lr of their own. Default (None): each
-            group keeps the lr of the optimizer that is replaced; what is right for SGD is mostly
-            too much here, see :class:`~avalanche_classp.CLASSPOptimizer`.
-        threshold: for every group that does not name it itself, as all that follow. Default
-            (None): CLASSPOptimizer's default, as all that follow.
-        epsilon: see :class:`~avalanche_classp.CLASSPOptimizer`.
-        power: likewise.
-        apply_decay: likewise.
-        nonfinite: likewise.
-        foreach: likewise.
-        fused: likewise.
-        history: likewise.
-        rank: likewise.
-        both_sides: likewise.
-        phases: hyper-parameters that change at experience boundaries: a sequence of dicts with
-            keys among lr, threshold, epsilon, power and apply_decay. Experience i uses
-            ``phases[min(i, len(phases) - 1)]`` in all groups; what a phase does not name has the
-            group's original value. Default (None): nothing changes.
-        consolidation: an extension of ours: when another experience begins what was accumulated
-            before is multiplied by it, so that what was learnt counts more than what comes; see
-            :meth:`~avalanche_classp.CLASSPOptimizer.consolidate`. >= 1. Default (1): off.
+        phases: hyper-parameters that change at experience boundaries: a sequence of dicts with keys
+            among lr, threshold, epsilon, power and apply_decay. Experience i uses
+            ``phases[min(i, len(phases) - 1)]`` in all groups. What a phase does not name has the
+            group's original value. Default: None, nothing changes.
+        consolidation: an extension: when another experience begins, what was accumulated before is
+            multiplied by it, >= 1. What was learnt then counts more than what comes; see
+            :meth:`~avalanche_classp.CLASSPOptimizer.consolidate`. Default: 1.0, off.
+        {hyperparameters}
+
+    All hyper-parameters but lr are for the groups that do not name them themselves.
 
     Raises:
-        TypeError: an argument or a phase of a wrong type.
-        ValueError: a value out of its range, an unknown key in a phase, no phases; at the start
-            of training: hyper-parameters given both here and by a CLASSPOptimizer, a second
-            CLASSPPlugin, or another plugin (a learning-rate scheduler) that holds the optimizer
-            which is being replaced and would go on with a dead one.
+        TypeError: an argument or a phase of a wrong type, or an unknown argument.
+        ValueError: a value out of its range, an unknown key in a phase, no phases. When training
+            begins: a strategy without an optimizer, hyper-parameters both here and in a
+            CLASSPOptimizer, a second CLASSPPlugin, or a learning-rate scheduler or a plugin that
+            would go on with the optimizer that is replaced. Later: another optimizer in the
+            strategy.
+        RuntimeError: an experience changed the weights without a step of the optimizer, so CLASSP
+            did nothing.
 
     Warns:
-        UserWarning: the optimizer that is replaced had settings without a counterpart (momentum,
-            weight decay), or a parameter changed its shape in a way that is not growth, so that
-            its history was dropped.
+        UserWarning: the replaced optimizer had settings without a counterpart (momentum, weight
+            decay); a parameter lost its history, because it changed its shape in a way that is not
+            growth or its weights were made anew; an experience ended without a step.
 
-    Experiences are counted when their training is finished, so an interrupted one keeps its
-    phase when it is trained again. In an online stream (``split_online_stream``) the boundaries
-    count where they are known (``access_task_boundaries=True``): all sub-experiences of one
-    experience share its phase. Where they are not known every sub-experience counts as an
-    experience of its own; give no phases and no consolidation there, or count on that.
+    **Phases.** An experience counts when its training has ended. One that was interrupted keeps its
+    phase when it is trained again. In an online stream (``split_online_stream``) with known
+    boundaries (``access_task_boundaries=True``) all parts of an experience share its phase. Where
+    boundaries are not known every part counts as an experience.
 
-    A learning-rate scheduler needs the optimizer that is really used: build the CLASSPOptimizer
-    yourself and give it to the scheduler and to the strategy. Phases that name lr and a scheduler
-    do not go together: the later writer wins.
+    **Schedulers** need the optimizer that trains: build the CLASSPOptimizer yourself and give it to
+    the scheduler and to the strategy. Do not use phases that name lr with one: the later writer
+    wins.
 
-    ``train(..., reset_optimizer_state=True)`` asks Avalanche to forget the optimizer's state, and
-    the accumulators are forgotten then. Do so with strategies that initialise the model anew for
-    each experience (GDumb, FromScratchTraining): its new weights have no history to protect. If
-    you give the strategy another optimizer between two calls of ``train()``, it is replaced as the
-    first one was and the accumulators are handed on. EarlyStoppingPlugin takes weights back to an
-    earlier epoch; the accumulators keep what was seen since.
+    **Forgetting on purpose.** ``train(..., reset_optimizer_state=True)``, or a plugin that resets
+    the optimizer (FromScratchTrainingPlugin), forgets the accumulators. Where all weights of a
+    parameter were made anew without a step of the optimizer (GDumb) there is nothing left to
+    protect, and its history goes, with a warning. It stays where weights go back to an earlier
+    epoch (EarlyStoppingPlugin) or are averaged; :mod:`avalanche_classp.made_anew` has the rule.
+
+    **Other optimizers, other strategies.** An optimizer that you give the strategy between two
+    experiences is replaced as the first one was, and keeps the accumulators. With a strategy of
+    other parameters the plugin starts afresh.
 
     Example::
 
@@ -113,53 +129,42 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def __init__(
         self,
-        lr: float | Tensor | None = None,
-        threshold: float | None = None,
-        epsilon: float | None = None,
-        power: float | None = None,
-        apply_decay: bool | None = None,
         *,
-        nonfinite: str | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        history: str | None = None,
-        rank: int | None = None,
-        both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         consolidation: float = 1.0,
+        **hyperparameters: Unpack[Hyperparameters],
     ) -> None:
         super().__init__()
-        given: dict[str, Any] = {
-            "lr": lr,
-            "threshold": threshold,
-            "epsilon": epsilon,
-            "power": power,
-            "apply_decay": apply_decay,
-            "nonfinite": nonfinite,
-            "foreach": foreach,
-            "fused": fused,
-            "history": history,
-            "rank": rank,
-            "both_sides": both_sides,
+        _refuse_nested_plugins()
+        if unknown := hyperparameters.keys() - SPECS.keys():
+            raise TypeError(f"CLASSPPlugin has no argument {min(unknown)!r}")
+        self.hyperparameters: dict[str, Any] = {
+            name: value for name, value in hyperparameters.items() if value is not None
         }
-        self.hyperparameters = {k: v for k, v in given.items() if v is not None}
         """What was given; None was left out."""
         validate(self.hyperparameters)
-
         self.phases = None if phases is None else _validated_phases(phases)
         """The phases, or None."""
         self.consolidation = validated_factor("consolidation", consolidation)
         """What accumulators are multiplied by when the next experience begins."""
+        self._optimizer: CLASSPOptimizer | None = None
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self.experiences_seen = 0
         """Number of experiences known to be trained to their end: the index of the current one."""
-
         self._consolidated = 0
-        self._optimizer: CLASSPOptimizer | None = None
-        self._phase: Mapping[str, Any] | None = None
-        self._before_phase: list[dict[str, Any]] = []
-        self._within_experience = False
+        self._within_experience = False  # in an online stream
+        self._begins = False  # an experience, with its next epoch
         self._evaluated_model: Any = None
         self._history: dict[str, Mapping[str, Any]] = {}
+        self._notes: dict[str, made_anew.Note] = {}
+        self._steps = 0
+        self._steps_when_noted = 0
+        self._phase: Mapping[str, Any] | None = None
+        self._before_phase: list[dict[str, Any]] = []
+
+    # --- the optimizer ----------------------------------------------------------------------------
 
     def take_over(self, strategy: Any) -> None:
         """Replace the strategy's optimizer by a CLASSPOptimizer, unless it is one.
@@ -172,21 +177,31 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if any(isinstance(p, CLASSPPlugin) and p is not self for p in strategy.plugins):
             raise ValueError("plugins holds more than one CLASSPPlugin; give one")
         optimizer = strategy.optimizer
+        if optimizer is None:
+            raise ValueError(
+                f"{type(strategy).__name__} trains without an optimizer, so CLASSP has nothing to "
+                f"do there; leave CLASSPPlugin out"
+            )
         if optimizer is self._optimizer:
             return
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-        if not isinstance(optimizer, CLASSPOptimizer):
-            _refuse_dead_references(strategy.plugins, optimizer)
-            strategy.optimizer = _classp_with_groups_of(optimizer, self.hyperparameters)
-            if self._optimizer is not None:  # the user gave the strategy a new optimizer
-                _hand_on_state(self._optimizer, strategy.optimizer)
-        elif self.hyperparameters:
-            raise ValueError(
-                f"{_listed(self.hyperparameters)} given to the plugin although the optimizer is a "
-                f"CLASSPOptimizer with values of its own; give them in one place"
-            )
+        if isinstance(optimizer, CLASSPOptimizer):
+            if self.hyperparameters:
+                raise ValueError(
+                    f"{listed(self.hyperparameters)} given to the plugin although the optimizer is "
+                    f"a CLASSPOptimizer with values of its own; give them in one place"
+                )
+            self._use(optimizer)
+            return
+        refuse_dead_references(strategy.plugins, optimizer)
+        before = self._optimizer
+        strategy.optimizer = replacement(optimizer, self.hyperparameters)
         self._use(strategy.optimizer)
+        if before is not None:  # the user gave the strategy a new optimizer
+            _hand_on_state(before, strategy.optimizer)
+        # Of the optimizer, so that copies of plugin and strategy are without it.
+        strategy.optimizer._replaced = weakref.ref(optimizer)
 
     def make_optimizer(self, params: ParamsT) -> CLASSPOptimizer:
         """Make the optimizer that the plugin uses from now on, with its hyper-parameters.
@@ -199,12 +214,29 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         return optimizer
 
     def _use(self, optimizer: CLASSPOptimizer) -> None:
-        self._optimizer = optimizer
+        before, self._optimizer = self._optimizer, optimizer
+        if before is not None and _parameters(before).isdisjoint(_parameters(optimizer)):
+            self._start_afresh()
         self._phase, self._before_phase = None, []
+
+    def _count_steps(self) -> None:
+        """Have each step of the optimizer counted; copies of an optimizer have no hooks."""
+        assert self._optimizer is not None
+        if self._count_step not in step_hooks(self._optimizer):
+            self._optimizer.register_step_post_hook(self._count_step)
+
+    def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # The hooks of an optimizer that was replaced are shared with it.
+        self._steps += optimizer is self._optimizer
+
+    # --- training ---------------------------------------------------------------------------------
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Take over the optimizer."""
         self._start(strategy)
+        dead = getattr(self._optimizer, "_replaced", lambda: None)()
+        if dead is not None and (is_scheduled(dead) or not strategy.clock.train_iterations):
+            refuse_dead_references(strategy.plugins, dead)  # a scheduler came after the take-over
 
     def before_eval(self, strategy: Any, **kwargs: Any) -> None:
         """Take over the optimizer: evaluation may replace a head's tensors."""
@@ -213,6 +245,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def _start(self, strategy: Any) -> None:
         self.take_over(strategy)
+        self._count_steps()
         if strategy.optimized_param_id is None:
             # Avalanche would do this later with reset_optimizer_state=True, and after evaluation
             # may have replaced tensors that the optimizer then keeps for good.
@@ -228,16 +261,16 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if dataset is not None and len(dataset) == 0:
             number = getattr(strategy.experience, "current_experience", "?")
             raise ValueError(f"experience {number} has no samples; leave it out of the stream")
+        if not isinstance(strategy.optimizer, CLASSPOptimizer):  # AR1 makes one each time
+            self.take_over(strategy)
+            self._count_steps()
         # Added to what is there: if training was interrupted between here and
         # before_training_exp, the optimizer has lost what was noted then.
         self._history |= _histories_by_name(strategy)
 
-    def before_training_exp(
-        self, strategy: Any, reset_optimizer_state: bool = False, **kwargs: Any
-    ) -> None:
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Give the accumulators back to the adapted parameters, consolidate, set the phase."""
-        if not reset_optimizer_state:
-            _restore_histories(strategy, self._history)
+        _restore_histories(strategy, self._history)
         self._history = {}
         if self._within_experience and _begins_experience(strategy.experience):
             # Avalanche does not mark the last part where all parts are of the same size.
@@ -247,23 +280,38 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             assert self._optimizer is not None
             self._optimizer.consolidate(self.consolidation)
             self._consolidated = self.experiences_seen
-        if self.phases is not None:
-            self._enter(self.phases[min(self.experiences_seen, len(self.phases) - 1)])
+        self._enter_phase()
+        self._begins = True
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse to look on while another optimizer trains (AR1 and L2P make one of their own).
+        """Refuse another optimizer; with the first epoch drop the history of weights made anew.
 
         Raises:
-            ValueError: if the strategy or another plugin has replaced the optimizer.
+            ValueError: the strategy or a plugin has replaced the optimizer.
         """
         if strategy.optimizer is not self._optimizer:
-            raise ValueError(
-                f"the strategy's optimizer was replaced by {type(strategy.optimizer).__name__} "
-                f"after CLASSPPlugin took it over; CLASSP cannot train {type(strategy).__name__}"
-            )
+            self._refuse_another_optimizer(strategy)
+            self._use(strategy.optimizer)  # PackNetPlugin resets the optimizer like this
+            self._count_steps()
+            self._enter_phase()
+        if self._begins:
+            self._begins = False
+            self._drop_histories_of_weights_made_anew(strategy)
+        optimizer = strategy.optimizer
+        if any(group["history"] == "inputs" for group in optimizer.param_groups):
+            optimizer.watch(strategy.model)  # anew: layers may have been replaced
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Count the experience, unless it is a part of one that goes on."""
+        """Count the experience, unless it is a part of one that goes on.
+
+        Raises:
+            ValueError: the strategy or a plugin has replaced the optimizer.
+            RuntimeError: the weights changed without a step of the optimizer.
+        """
+        self._refuse_another_optimizer(strategy)
+        if not self._begins:
+            self._refuse_training_without_steps(strategy)
+            self._note_weights(strategy)
         self._within_experience = not _ends_experience(strategy.experience)
         if not self._within_experience:
             self.experiences_seen += 1
@@ -277,11 +325,16 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         strategy.make_optimizer()
         _restore_histories(strategy, history)
 
-    def _enter(self, phase: Mapping[str, Any]) -> None:
-        """Undo the last phase in every group and apply this one; do nothing within a phase.
+    # --- phases -----------------------------------------------------------------------------------
+
+    def _enter_phase(self) -> None:
+        """Undo the last phase in every group and apply the next one; do nothing within a phase.
 
         Values that no phase names are never touched, so that a scheduler may change them.
         """
+        if self.phases is None:
+            return
+        phase = self.phases[min(self.experiences_seen, len(self.phases) - 1)]
         if phase is self._phase:
             return
         assert self._optimizer is not None
@@ -294,9 +347,94 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             group.update(phase)
         self._phase = phase
 
+    # --- whether it was CLASSP that changed the weights -------------------------------------------
 
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+    def _refuse_another_optimizer(self, strategy: Any) -> None:
+        if not isinstance(strategy.optimizer, CLASSPOptimizer):
+            raise ValueError(
+                f"the strategy's optimizer was replaced by {type(strategy.optimizer).__name__} "
+                f"after CLASSPPlugin took it over; CLASSP cannot train {type(strategy).__name__} "
+                f"like this: leave CLASSPPlugin out, or what replaces the optimizer"
+            )
+
+    def _refuse_training_without_steps(self, strategy: Any) -> None:
+        iterations = strategy.clock.train_exp_iterations
+        if not iterations or self._steps > self._steps_when_noted:
+            return
+        where = f"{type(strategy).__name__} has trained {iterations} iterations"
+        if any(
+            made_anew.has_moved(self._notes[name], p)
+            for name, p in strategy.model.named_parameters()
+            if name in self._notes
+        ):
+            raise RuntimeError(
+                f"{where} and changed the weights without one step of the optimizer, so CLASSP did "
+                f"nothing; choose settings with which it calls optimizer.step() (LaMAML: "
+                f"sync_update=True), or leave CLASSPPlugin out"
+            )
+        warnings.warn(
+            f"{where} without one step of the optimizer, so CLASSP has learnt nothing; accumulate "
+            f"gradients over fewer mini-batches than an experience has, or look why steps were "
+            f"skipped",
+            stacklevel=2,
+        )
+
+    def _drop_histories_of_weights_made_anew(self, strategy: Any) -> None:
+        assert self._optimizer is not None
+        state = self._optimizer.state
+        dropped = []
+        if self._steps == self._steps_when_noted:
+            for name, p in strategy.model.named_parameters():
+                noted = self._notes.get(name)
+                if noted and has_history(state.get(p)) and made_anew.is_made_anew(noted, p):
+                    del state[p]
+                    dropped.append(name)
+        if dropped:
+            shown = ", ".join(dropped[:4]) + (f" and {len(dropped) - 4} more" * (len(dropped) > 4))
+            warnings.warn(
+                f"the weights of {shown} were made anew since they were last trained: all of them "
+                f"changed without a step of the optimizer, as far as training had moved them; "
+                f"their CLASSP histories were dropped",
+                stacklevel=2,
+            )
+        self._note_weights(strategy)
+
+    def _note_weights(self, strategy: Any) -> None:
+        """Note where the weights are, and which of them are without history."""
+        assert self._optimizer is not None
+        self._steps_when_noted = self._steps
+        for name, p in strategy.model.named_parameters():
+            noted = self._notes.get(name)
+            if noted and made_anew.fits(noted, p) and has_history(self._optimizer.state.get(p)):
+                made_anew.note_again(noted, p)
+            elif new := made_anew.note(p):
+                self._notes[name] = new
+
+
+def _parameters(optimizer: Optimizer) -> set[Any]:
+    return {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _refuse_nested_plugins() -> None:
+    """Have strategies refuse a CLASSPPlugin in a list of their list of plugins.
+
+    PackNet puts its argument there as it is, and Avalanche calls nobody in it.
+    """
+    original = BaseTemplate._check_plugin_compatibility
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def check(strategy: Any) -> None:
+        for held in strategy.plugins:
+            if isinstance(held, Sequence) and any(isinstance(p, CLASSPPlugin) for p in held):
+                raise ValueError(
+                    f"{type(strategy).__name__} does not unpack plugins=, so Avalanche would never "
+                    f"call CLASSPPlugin there; give optimizer=CLASSPOptimizer(...) instead"
+                )
+        original(strategy)
+
+    BaseTemplate._check_plugin_compatibility = check
 
 
 def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:
@@ -317,55 +455,10 @@ def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(dict(phase) for phase in phases)
 
 
-def _refuse_dead_references(plugins: Sequence[Any], optimizer: Optimizer) -> None:
-    """Raise if a plugin holds the optimizer, or a scheduler of it, that is being replaced."""
-    for plugin in plugins:
-        for name, value in getattr(plugin, "__dict__", {}).items():
-            items = value.values() if isinstance(value, Mapping) else value
-            for held in items if isinstance(items, Collection) else (value,):
-                if held is optimizer or getattr(held, "optimizer", None) is optimizer:
-                    raise ValueError(
-                        f"{type(plugin).__name__}.{name} holds the {type(optimizer).__name__} that "
-                        f"CLASSPPlugin replaces, and would go on with a dead optimizer; build a "
-                        f"CLASSPOptimizer, give it to {type(held).__name__} and pass it to the "
-                        f"strategy as optimizer="
-                    )
-
-
-def _classp_with_groups_of(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimizer:
-    groups = []
-    ignored: dict[str, Any] = {}
-    signature = inspect.signature(type(optimizer)).parameters
-    for group in optimizer.param_groups:
-        carried = {key: group[key] for key in _CARRIED_KEYS if key in group}
-        if "lr" in given:
-            carried["lr"] = given["lr"]
-        names = group.get("param_names", ())
-        named = len(names) == len(group["params"]) > 0
-        params = list(zip(names, group["params"], strict=True)) if named else list(group["params"])
-        groups.append({"params": params, **carried})
-        ignored |= {
-            key: value
-            for key, value in group.items()
-            if key in signature
-            and key not in (*_CARRIED_KEYS, *_IMPLEMENTATION_KEYS, "params")
-            # AdamW decays by default; that is lost as well.
-            and (value != signature[key].default or (key == "weight_decay" and value))
-        }
-    if ignored:
-        warnings.warn(
-            f"CLASSPPlugin replaces {type(optimizer).__name__}, and CLASSP has no counterpart for "
-            f"{_listed(ignored)}: ignored",
-            stacklevel=2,
-        )
-    return CLASSPOptimizer(groups, **given)
-
-
 def _hand_on_state(old: CLASSPOptimizer, new: CLASSPOptimizer) -> None:
-    for group in new.param_groups:
-        for p in group["params"]:
-            if p in old.state:
-                new.state[p] = old.state[p]
+    for p in _parameters(new) & _parameters(old):
+        if p in old.state:
+            new.state[p] = old.state[p]
 
 
 def _histories_by_name(strategy: Any) -> dict[str, Mapping[str, Any]]:
@@ -385,16 +478,19 @@ def _histories_by_name(strategy: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def _restore_histories(strategy: Any, histories: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give parameters that Avalanche has replaced the histories of the old ones."""
     state = strategy.optimizer.state
     for name, p in strategy.model.named_parameters():
         history = histories.get(name)
-        if history is None:
+        # Avalanche leaves an empty entry where it replaces a parameter. If there is none somebody
+        # has reset the optimizer, and wants it so.
+        if history is None or p not in state or has_history(state[p]):
             continue
         kind = kind_of(history)
         assert kind is not None
-        carried = kind.resize(history, p)
-        if carried is not None:
-            state[p] = carried
+        resized = kind.resize(history, p)
+        if resized is not None:
+            state[p] = resized
         else:
             warnings.warn(
                 f"parameter {name!r} changed its shape from {tuple(kind.shape(history, p))} to "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from avalanche.core import SupervisedPlugin
@@ -16,11 +16,17 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 from torch.optim import Optimizer
 
+from avalanche_classp.optim.hyperparameters import SPECS, Hyperparameters, documented
 from avalanche_classp.plugin import CLASSPPlugin
 
 __all__ = ["CLASSP"]
 
 
+class _Arguments(Hyperparameters, total=False):
+    peval_mode: str
+
+
+@documented()
 class CLASSP(SupervisedTemplate):
     """Continual learning with CLASSP, used like ``avalanche.training.EWC``.
 
@@ -34,22 +40,11 @@ class CLASSP(SupervisedTemplate):
         optimizer: a torch optimizer whose parameter groups, with their lr, CLASSP takes over; a
             CLASSPOptimizer is used as it is and then holds all hyper-parameters. Default (None):
             a CLASSPOptimizer over all parameters of the model.
-        lr: see :class:`~avalanche_classp.CLASSPOptimizer` for this and the next eight; None is the
-            default there.
-        threshold: likewise.
-        epsilon: likewise.
-        power: likewise.
-        apply_decay: likewise.
-        nonfinite: likewise.
-        foreach: likewise.
-        fused: likewise.
-        history: likewise.
-        rank: likewise.
-        both_sides: likewise.
         phases: hyper-parameters that change at experience boundaries, such as
             ``PAPER_PHASES``; see :class:`~avalanche_classp.CLASSPPlugin`. Default: none.
         consolidation: what accumulators are multiplied by when the next experience begins; see
             :class:`~avalanche_classp.CLASSPPlugin`. Default (1): off.
+        {hyperparameters}
         train_mb_size: training mini-batch size. Default: 1.
         train_epochs: training epochs per experience. Default: 1.
         eval_mb_size: evaluation mini-batch size. Default (None): ``train_mb_size``.
@@ -101,17 +96,6 @@ class CLASSP(SupervisedTemplate):
         model: Module,
         criterion: Callable[..., Tensor] | None = None,
         optimizer: Optimizer | None = None,
-        lr: float | Tensor | None = None,
-        threshold: float | None = None,
-        epsilon: float | None = None,
-        power: float | None = None,
-        apply_decay: bool | None = None,
-        nonfinite: str | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        history: str | None = None,
-        rank: int | None = None,
-        both_sides: bool | None = None,
         phases: Sequence[Mapping[str, Any]] | None = None,
         consolidation: float = 1.0,
         train_mb_size: int = 1,
@@ -121,7 +105,7 @@ class CLASSP(SupervisedTemplate):
         plugins: Sequence[SupervisedPlugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
-        **base_kwargs: Any,
+        **base_kwargs: Unpack[_Arguments],
     ) -> None:
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
@@ -130,26 +114,14 @@ class CLASSP(SupervisedTemplate):
         if not (isinstance(evaluator, EvaluationPlugin | NoneType) or callable(evaluator)):
             raise TypeError(f"evaluator must be an EvaluationPlugin or make one, got {evaluator!r}")
         _require_whole("train_mb_size", train_mb_size, 1)
-        _require_whole("train_epochs", train_epochs, 1)
+        _require_whole("train_epochs", train_epochs, 0)
         _require_whole("eval_every", eval_every, -1)
         if eval_mb_size is not None:
             _require_whole("eval_mb_size", eval_mb_size, 1)
         _require_plugins(plugins)
-        classp = CLASSPPlugin(
-            lr,
-            threshold,
-            epsilon,
-            power,
-            apply_decay,
-            nonfinite=nonfinite,
-            foreach=foreach,
-            fused=fused,
-            history=history,
-            rank=rank,
-            both_sides=both_sides,
-            phases=phases,
-            consolidation=consolidation,
-        )
+        keywords: dict[str, Any] = dict(base_kwargs)
+        hyperparameters: Any = {n: keywords.pop(n) for n in SPECS if n in keywords}
+        classp = CLASSPPlugin(phases=phases, consolidation=consolidation, **hyperparameters)
         if optimizer is None:
             optimizer = classp.make_optimizer(model.parameters())
         super().__init__(
@@ -163,7 +135,7 @@ class CLASSP(SupervisedTemplate):
             plugins=[*(plugins or ()), classp],
             evaluator=evaluator,
             eval_every=eval_every,
-            **base_kwargs,
+            **keywords,
         )
         classp.take_over(self)
 

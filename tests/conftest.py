@@ -67,18 +67,9 @@ BAD_PHASES = [
 """Phases that must be refused: value, type of the error, what its message must name."""
 
 
-AVALANCHES_WARNINGS = (
-    "ignore:No loggers specified:UserWarning",
-    "ignore:no QP solver found:UserWarning",
-    "ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning:avalanche",
-)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # A script's job in the background ignores it, and so would the programs that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for line in AVALANCHES_WARNINGS:
-        config.addinivalue_line("filterwarnings", line)
 
 
 def _bad_inputs_tried() -> Counter[str]:

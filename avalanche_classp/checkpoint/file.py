@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["CheckpointError", "read_file", "verified", "write_file"]
+__all__ = ["CheckpointError", "read_content", "read_file", "verified", "write_file"]
 
 VERSION = 1
-"""Of the format; a release reads its own version and all older ones."""
+"""Of the format. A release reads the versions up to its own."""
 
 TEMPORARY = ".tmp"
 """What follows the name of a file that is being written."""
@@ -114,18 +114,22 @@ def read_file(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: as :func:`verified`.
     """
-    payload = verified(path)
+    content = read_content(verified(path), path, device)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no checkpoint; move it away")
+    return content
+
+
+def read_content(payload: memoryview, path: Path, device: torch.device) -> Any:
+    """Return what ``torch.save`` wrote, without running code from it; as :func:`read_file`."""
 
     def place(storage: Any, location: str) -> Any:
         return storage if location == "cpu" or device.type == "cpu" else storage.to(device=device)
 
     try:
-        content = torch.load(io.BytesIO(payload), map_location=place, weights_only=True)
+        return torch.load(io.BytesIO(payload), map_location=place, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{path} does not hold tensors and plain containers alone, or not in a form that torch "
             f"{torch.__version__} reads; move it away"
         ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no checkpoint; move it away")
-    return content

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from avalanche.core import SupervisedPlugin
-from avalanche.logging import CSVLogger
 from avalanche.training.templates import BaseSGDTemplate
 
+from avalanche_classp.checkpoint.avalanche_internals import (
+    csv_loggers,
+    csv_rows,
+    restore_csv_rows,
+)
+from avalanche_classp.checkpoint.decoding import (
+    check,
+    check_classes,
+    decode,
+    decode_random_state,
+)
+from avalanche_classp.checkpoint.encoding import (
+    collect_initial_state,
+    encode,
+    encode_random_state,
+)
 from avalanche_classp.checkpoint.file import (
     TEMPORARY,
     CheckpointError,
+    read_content,
     read_file,
     verified,
     write_file,
 )
-from avalanche_classp.checkpoint.strategy_state import (
-    Stays,
-    captured,
-    captured_random_state,
-    places,
-    restore,
-    restore_random_state,
-)
+from avalanche_classp.checkpoint.kinds import INITIAL_STATES, NotSaved
+from avalanche_classp.checkpoint.settings import Differences
 from avalanche_classp.plugin import CLASSPPlugin
 
 __all__ = ["CheckpointError", "checkpointed", "mend_save_checkpoint"]
 
 _SUFFIX = ".checkpoint"
+_ON_CHANGE = ("refuse", "script", "checkpoint")
 _PATTERN = 8 * "[0-9]" + _SUFFIX
 
 
@@ -44,6 +56,7 @@ def checkpointed(
     *,
     every_epochs: int | None = None,
     keep: int = 2,
+    on_change: str = "refuse",
 ) -> Iterator[Any]:
     """Return the experiences that are still to be trained, and make a checkpoint after each.
 
@@ -60,54 +73,34 @@ def checkpointed(
             strategy.train(experience)
             strategy.results.append(strategy.eval(benchmark.test_stream))
 
-    *When.* The checkpoint of an experience is made when the loop's body has ended, so evaluations
-    belong to it. That of an epoch is made when all plugins have seen the epoch, the strategy's
-    periodic evaluations too; afterwards ``strategy.train(experience)`` begins with the next epoch.
-    What the body does before ``train`` is done again then, on the weights of the checkpoint; and
-    only the first experience that a body trains has checkpoints of its epochs. There are none
-    within an epoch. When the stream is through, the strategy is loaded and the loop is empty.
+    A checkpoint holds the whole strategy (model, optimizer, plugins, clock, metrics, attributes of
+    yours such as ``results`` above) and the random states of Python, NumPy, torch and CUDA. It is
+    made when the loop's body has ended; that of an epoch when all plugins have seen the epoch, for
+    the first experience that a body trains. What the body does before ``train`` is done again when
+    an experience goes on. Code and loggers stay those of the script, and loading a file runs no
+    code from it. What could not be loaded again, such as stored samples, is refused by the first
+    call or when it is saved. ``docs/checkpoints.md`` says more.
 
-    *What.* All that the strategy holds: model, with heads that grew; optimizer; plugins, with
-    CLASSP's phase, EWC's importances and LwF's former model; clock; metrics, with all values so
-    far; attributes of yours, such as ``results`` above; and the random states of Python, NumPy,
-    torch and CUDA. Numbers given to constructors belong to it and win over those of the script.
-    These are tested to resume bit for bit on a CPU, between experiences and within them:
-    CLASSP, with phases, with matrix accumulators and with a learning-rate scheduler;
-    CLASSPPlugin beside EWC; Naive with SGD, Adam and EarlyStoppingPlugin; EWC in both modes,
-    SynapticIntelligence, MAS, LwF, RWalk and JointTraining; growing and multiple heads, batch
-    norm, dropout; ``in_memory``; online streams; worker processes (with ``persistent_workers``
-    the order of the samples is another one after a crash). Other methods work if they are made
-    of tensors, numbers, containers, modules and objects made of these, or have ``state_dict()``
-    and ``load_state_dict()``. Code (functions, with what closures hold, and hooks) stays that
-    of the script. What else cannot be kept, or not be made anew, raises a CheckpointError that
-    says where it is, and is not dropped silently; so do plugins that store samples, such as
-    Replay: see :func:`mend_save_checkpoint`.
-
-    *Loggers* are outputs and stay those of the script. CSVLogger begins its files anew, and the
-    rows up to the checkpoint are written back into them. TensorboardLogger adds a file to its
-    folder, with what came after the checkpoint once more; so does CSVValueLogger add lines, and
-    InteractiveLogger and TextLogger print it again. Metrics of time measure with clocks that began
-    anew.
-
-    *Devices.* Tensors come back on the kind of device on which they were; model and optimizer go
-    to the strategy's, and what other plugins hold does not follow them from a CPU to a GPU. None of
-    this was tried on a GPU.
-
-    *Files.* Each is written beside its place, flushed to the disk and renamed, and has a SHA-256
-    checksum that is compared before anything is parsed; that finds damage, and is no signature.
-    Loading runs no code from a file: it holds tensors and plain containers
-    (``torch.load(weights_only=True)``), and nothing is imported because a file names it.
+    A run that goes on says so in one line on stderr, and so does one that has nothing left to do.
 
     With an optimizer alone, without Avalanche, use its ``state_dict()`` and ``load_state_dict()``.
 
     Args:
         stream: the experiences, such as ``benchmark.train_stream``, the same each time: a stream
-            that shuffles when it is iterated (``split_online_stream``) as a list.
+            that shuffles when it is iterated (``split_online_stream``) as a list. To count or pair
+            them, do it inside: ``checkpointed(enumerate(stream), …)``, ``checkpointed(zip(
+            train_stream, valid_stream), …)``.
         strategy: as it was built. If there is a checkpoint its state is loaded at once.
         folder: where the checkpoints of this run, and of no other, are; it is made if need be.
         every_epochs: make one after every so many epochs of an experience, too. Default (None):
             between experiences alone.
         keep: how many are kept, at least 2. Default: 2.
+        on_change: what to do if the script gives other numbers (lr, epochs, batch size, …) or
+            shapes than it did when the checkpoint was made. "refuse" (default) raises a
+            CheckpointError that names them; "script" goes on with the script's numbers,
+            "checkpoint" with those of the checkpoint. Strings and numbers that are no arguments
+            of a constructor are those of the checkpoint, or with "script" of the script; a
+            warning names them.
 
     Returns:
         An iterator over the experiences that are left.
@@ -115,11 +108,12 @@ def checkpointed(
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range; more than one
             process.
-        CheckpointError: none of the checkpoints can be used; the strategy is built differently or
+        CheckpointError: none of the checkpoints can be used; the script was changed; the strategy
             holds what cannot be kept; later, when one cannot be written: those before are intact.
 
     Warns:
-        UserWarning: a checkpoint is truncated, corrupt or foreign, and an older one is used.
+        UserWarning: a checkpoint is truncated, corrupt or foreign, and an older one is used; the
+            script was changed in what does not decide.
     """
     if isinstance(stream, str) or not isinstance(stream, Iterable):
         raise TypeError(f"stream must be a sequence of experiences, got {stream!r}")
@@ -134,10 +128,12 @@ def checkpointed(
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if on_change not in _ON_CHANGE:
+        raise ValueError(f"on_change must be one of {', '.join(_ON_CHANGE)}, got {on_change!r}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError("checkpointed works in one process; torch.distributed is initialized")
     checkpoints = _Checkpoints(Path(folder), every_epochs, keep)
-    checkpoints.resume(strategy)
+    checkpoints.resume(strategy, stream, on_change)
     return checkpoints.remaining(strategy, stream)
 
 
@@ -164,7 +160,7 @@ def mend_save_checkpoint() -> None:
             setattr(torch.optim, submodule, module)
 
 
-class _Checkpoints(SupervisedPlugin, Stays):
+class _Checkpoints(SupervisedPlugin, NotSaved):
     """Saves and restores a strategy. It is the last of the plugins: all others have acted."""
 
     def __init__(self, folder: Path, every_epochs: int | None, keep: int) -> None:
@@ -174,33 +170,82 @@ class _Checkpoints(SupervisedPlugin, Stays):
         self.keep = keep
         self.good: list[Path] = []  # from the oldest to the newest
         self.number = 0
-        self.places: set[str] = set()
+        self.initial: Any = None
+        self.settings: dict[str, Any] = {}  # of the script that this run began with
+        self.from_script: set[str] = set()  # settings that are not those of the checkpoint
+        self.verified = False  # whether a checkpoint was read again
         self.done = 0  # how often the loop's body has ended
         self.begun = 0  # experiences that the loop's body has begun to train
+        self.epochs = 0  # of the experience that goes on
         self.within: Path | None = None  # the checkpoint from which an experience goes on
         self.random_state: Any = None  # before the experience's training
         self.train_epochs: int | None = None  # of an experience that goes on
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def resume(self, strategy: Any) -> None:
+    def resume(self, strategy: Any, stream: Iterable[Any], on_change: str) -> None:
         """Become a plugin of the strategy, and load the newest good checkpoint if there is one."""
         plugins = [p for p in strategy.plugins if not isinstance(p, _Checkpoints)]
         for plugin in plugins:
             if isinstance(plugin, CLASSPPlugin):
                 plugin.take_over(strategy)
         strategy.plugins = [*plugins, self]
-        self.places = places(strategy)  # refuses what would be refused after an experience
         content, problems = self._newest(self._files(), strategy)
+        # A strategy at hand that has trained is no longer what the script built.
+        known = vars(strategy).setdefault(INITIAL_STATES, {})
+        self.initial = known.get(self.folder.resolve())
+        if content is None or self.initial is None:
+            self.initial = known[self.folder.resolve()] = collect_initial_state(strategy, stream)
+        self.settings = {path: value for path, (value, _) in self.initial.settings.items()}
         if content is None:
+            buffer = io.BytesIO()
+            torch.save(encode(strategy, self.initial), buffer)
+            check(
+                strategy,
+                read_content(buffer.getbuffer(), self.folder, strategy.device),
+                self.initial,
+            )
             return
         for problem in problems:
             warnings.warn(f"{problem}. Going on from {self.good[-1]}", stacklevel=3)
+        check_classes(strategy, content)
+        self._compare_settings(content["settings"], on_change)
         self._restore(strategy, content)
         self.done = content["done"]
-        if content["epoch"]:
+        self.epochs = content["epoch"]
+        if self.epochs:
             self.within = self.good[-1]
             self.random_state = content["random_before_training"]
+
+    def _compare_settings(self, then: dict[str, Any], on_change: str) -> None:
+        found = Differences(then, self.initial.settings)
+        where = f"{self.good[-1]} was made by another version of the script"
+        if found.deciding and (on_change == "refuse" or (found.shapes and on_change == "script")):
+            choices = 'choose on_change="script" (the new numbers) or "checkpoint" (the old ones)'
+            if found.shapes:
+                choices = 'go on with the old shapes and numbers by on_change="checkpoint"'
+            raise CheckpointError(
+                f"{where}: {found.deciding}. Set this back, {choices}, or name another folder to "
+                f"start anew"
+            )
+        if found.others and on_change == "refuse":
+            warnings.warn(f"{where}: {found.others}. The old values go on", stacklevel=4)
+        if on_change == "script":
+            self.from_script = found.paths
+        else:
+            self.settings = then
+
+    def _announce(self, experiences: int | None, nothing_left: bool) -> None:
+        """Say from where a run goes on, or that there is nothing left to do."""
+        of = "" if experiences is None else f" of {experiences}"
+        done = f"{self.done}{of} experiences done"
+        if self.epochs:
+            done += f", and {self.epochs} epoch{'s' * (self.epochs > 1)} of the next"
+        line = f"Resuming from {self.good[-1]}: {done}"
+        if nothing_left:
+            line = f"Nothing left to train: {self.good[-1]} has {done}; name another folder to "
+            line += "start anew"
+        print(line, file=sys.stderr)
 
     def _files(self) -> list[Path]:
         """Return the checkpoints in the folder, from the oldest to the newest."""
@@ -238,15 +283,23 @@ class _Checkpoints(SupervisedPlugin, Stays):
 
     def remaining(self, strategy: Any, stream: Iterable[Any]) -> Iterator[Any]:
         """Yield the experiences that are left, and save after the loop's body."""
+        resumed, experiences = self.done > 0 or self.epochs > 0, None
+        if isinstance(stream, Sized):
+            experiences = len(stream)
         try:
             for i, experience in enumerate(stream):
                 if i < self.done:
                     continue
+                if resumed:
+                    self._announce(experiences, nothing_left=False)
+                    resumed = False
                 self.begun = 0
                 yield experience
                 self.within = None
                 self.done = i + 1
                 self._save(strategy, epoch=0)
+            if resumed:
+                self._announce(experiences, nothing_left=True)
         finally:
             strategy.plugins = [p for p in strategy.plugins if p is not self]
 
@@ -256,9 +309,9 @@ class _Checkpoints(SupervisedPlugin, Stays):
         """Have the random numbers with which the experience's data were made, and are again."""
         if self.begun == 0:
             if self.within is None:
-                self.random_state = captured_random_state()
+                self.random_state = encode_random_state()
             else:
-                restore_random_state(strategy, self.random_state)
+                decode_random_state(self.random_state)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Undo what all plugins have just begun, if the experience goes on."""
@@ -290,45 +343,28 @@ class _Checkpoints(SupervisedPlugin, Stays):
         content = {
             "done": self.done,
             "epoch": epoch,
-            "random": captured_random_state(),
+            "random": encode_random_state(),
             "random_before_training": self.random_state if epoch else None,
-            "csv": [_rows(logger) for logger in _csv_loggers(strategy)],
-            **captured(strategy, self.places),
+            "csv": [csv_rows(logger) for logger in csv_loggers(strategy)],
+            "settings": self.settings,
+            **encode(strategy, self.initial),
         }
         self.number += 1
         path = self.folder / f"{self.number:08}{_SUFFIX}"
         write_file(path, content)
+        if not self.verified:
+            try:
+                check(strategy, read_file(path, strategy.device), self.initial)
+            except CheckpointError:
+                path.unlink()
+                raise
+            self.verified = True
         self.good.append(path)
         while len(self.good) > self.keep:
             self.good.pop(0).unlink(missing_ok=True)
 
     def _restore(self, strategy: Any, content: dict[str, Any]) -> None:
-        restore(strategy, content)
-        for logger, rows in zip(_csv_loggers(strategy), content["csv"], strict=False):
-            _write_rows(logger, rows)
-        restore_random_state(strategy, content["random"])
-
-
-# --- CSVLogger opens its files with "w" -----------------------------------------------------------
-
-_OF_CSV_LOGGERS = ("training_exp_id", "in_train_phase", "val_acc", "val_loss")
-
-
-def _csv_loggers(strategy: Any) -> list[Any]:
-    return [logger for logger in strategy.evaluator.loggers if isinstance(logger, CSVLogger)]
-
-
-def _rows(logger: Any) -> dict[str, Any]:
-    return {
-        "files": [Path(f.name).read_text() for f in (logger.training_file, logger.eval_file)],
-        "attributes": {name: getattr(logger, name) for name in _OF_CSV_LOGGERS},
-    }
-
-
-def _write_rows(logger: Any, rows: dict[str, Any]) -> None:
-    for file, text in zip((logger.training_file, logger.eval_file), rows["files"], strict=True):
-        file.seek(0)
-        file.truncate()
-        file.write(text)
-        file.flush()
-    vars(logger).update(rows["attributes"])
+        decode(strategy, content, self.initial, self.from_script)
+        for logger, rows in zip(csv_loggers(strategy), content["csv"], strict=False):
+            restore_csv_rows(logger, rows)
+        decode_random_state(content["random"])

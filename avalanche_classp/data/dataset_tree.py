@@ -1,8 +1,8 @@
-"""Avalanche's trees of subsets, concatenations and transforms, taken whole mini-batches at a time.
+"""Avalanche's trees of subsets, concatenations and transforms, loaded whole mini-batches at a time.
 
-The data of an ``AvalancheDataset`` is a tree: its leaves are plain datasets, each node chooses
+The data of an ``AvalancheDataset`` is a tree. Its leaves are plain datasets; each node chooses
 samples of its children and transforms them. Asked for one sample, Avalanche walks from the root to
-a leaf. Here that is done once for all samples: :class:`Plan`.
+a leaf. :class:`BatchLoader` does that once for all samples.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks.utils import AvalancheDataset
-from avalanche.benchmarks.utils.flat_data import FlatData
-from avalanche.benchmarks.utils.transform_groups import EmptyTransformGroups
 from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransform
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from avalanche_classp.data.batch_transforms import NotBatchableError, Pipeline, flat
-from avalanche_classp.data.sample_store import Source
+from avalanche_classp.data import avalanche_internals as internals
+from avalanche_classp.data.batch_transforms import NotBatchableError, flatten
+from avalanche_classp.data.sample_store import SampleSource
 
 
-class Rows(Dataset[Any]):
+class SourceSubset(Dataset[Any]):
     """Chosen samples of a source: the only kind of leaf in an in-memory dataset's tree.
 
     Args:
@@ -35,7 +34,7 @@ class Rows(Dataset[Any]):
     # It gives that up, and rightly, at a leaf with a transform and no target_transform.
     transform = None
 
-    def __init__(self, source: Source, rows: Tensor) -> None:
+    def __init__(self, source: SampleSource, rows: Tensor) -> None:
         self.source, self.rows = source, rows
 
     def __len__(self) -> int:
@@ -45,67 +44,69 @@ class Rows(Dataset[Any]):
         return self.source.dataset[int(self.rows[index])]
 
 
-def taken(node: Any, wanted: Tensor | None, source: Callable[[Any], Source] | None = None) -> Any:
+def select_samples(
+    node: Any, wanted: Tensor | None, source_of: Callable[[Any], SampleSource] | None = None
+) -> Any:
     """Return a tree of the wanted samples whose leaves hold no others, with the same transforms.
 
     Args:
         node: a tree of Avalanche's, or a leaf.
-        wanted: places of the samples; None for all.
-        source: gives the source of a plain dataset; None to leave plain datasets as they are.
+        wanted: the samples' indices; None for all.
+        source_of: gives the source of a plain dataset; None to leave plain datasets as they are.
     """
-    if isinstance(node, Rows):
-        return node if wanted is None else Rows(node.source, node.rows[wanted])
+    if isinstance(node, SourceSubset):
+        return node if wanted is None else SourceSubset(node.source, node.rows[wanted])
     parts = _parts(node, wanted)
     if parts is None:
-        if source is not None:
-            return Rows(source(node), torch.arange(len(node)) if wanted is None else wanted)
+        if source_of is not None:
+            rows = torch.arange(len(node)) if wanted is None else wanted
+            return SourceSubset(source_of(node), rows)
         return node if wanted is None else Subset(node, wanted.tolist())
-    children = [taken(child, inner, source) for child, inner, _ in parts]
+    children = [select_samples(child, inner, source_of) for child, inner, _ in parts]
     order = None
     if len(parts) > 1:
         places = torch.cat([where for _, _, where in parts if where is not None])
         if (places.diff() < 0).any():
             order = places.argsort().tolist()
-    frozen, current = (copy.copy(groups) for groups in _transform_groups(node))
+    frozen, current = (copy.copy(groups) for groups in internals.transform_groups(node))
     return AvalancheDataset(
         children, indices=order, frozen_transform_groups=frozen, transform_groups=current
     )
 
 
-class Plan:
-    """How to load mini-batches of a tree: every sample's route, and its row in the source.
+class BatchLoader:
+    """Loads mini-batches of a tree: knows every sample's row in its source and its transforms.
 
     Args:
         tree: the data of an AvalancheDataset.
 
     Raises:
-        NotBatchableError: if some samples have no route.
+        NotBatchableError: some samples must be loaded one by one.
     """
 
     def __init__(self, tree: Any) -> None:
         self._routes: list[_Route] = []
         known: dict[Any, int] = {}
         found: list[tuple[Tensor, Tensor | None, int]] = []
-        group = tree._transform_groups.current_group
-        for leaf, chosen, places, pairs in _leaves(tree, None, None, group, []):
-            if not isinstance(leaf, Rows):
+        for leaf, chosen, places, pairs in _leaves(
+            tree, None, None, internals.current_group(tree), []
+        ):
+            if not isinstance(leaf, SourceSubset):
                 raise NotBatchableError(f"a {type(leaf).__name__} was added later")
-            chains = _chains(pairs, leaf.source.width)
+            chains = [_chain(pairs, element) for element in range(leaf.source.elements)]
             key = (id(leaf.source), tuple(tuple(map(id, chain)) for chain in chains))
             if key not in known:
                 known[key] = len(self._routes)
                 self._routes.append(_Route(leaf.source, chains))
             found.append((leaf.rows if chosen is None else leaf.rows[chosen], places, known[key]))
-        self._rows = found[0][0]
-        self._route_of = None
+        self._rows, self._route_of = found[0][0], None
         if len(found) > 1:
-            self._rows = torch.empty(len(tree), dtype=torch.int64)
-            self._route_of = torch.empty(len(tree), dtype=torch.int64)
+            self._rows, self._route_of = torch.empty(2, len(tree), dtype=torch.int64)
             for rows, places, route in found:
                 self._rows[places], self._route_of[places] = rows, route
 
     def load(self, index: Tensor) -> list[Tensor]:
-        """Return the samples at these places as one tensor for each of their elements."""
+        """Return the samples with these indices as one tensor for each of their elements."""
         rows = self._rows.index_select(0, index)
         if self._route_of is None or len(self._routes) == 1:
             route = self._routes[0]
@@ -127,24 +128,20 @@ class Plan:
 
 
 class _Route:
-    """Samples of one source that go through the same transforms."""
+    """How samples of one source that go through the same transforms are loaded."""
 
-    def __init__(self, source: Source, chains: list[list[Any]]) -> None:
-        self._elements: list[tuple[Any, Pipeline]] = [
-            source.prepare(i, chain) for i, chain in enumerate(chains)
-        ]
+    def __init__(self, source: SampleSource, chains: list[list[Any]]) -> None:
+        self._elements = [source.prepare(i, chain) for i, chain in enumerate(chains)]
 
     def draw(self, samples: int) -> list[Tensor]:
         return self._elements[0][1].draw(samples)
 
     def load(self, rows: Tensor, drawn: list[Tensor]) -> list[Tensor]:
         return [
-            pipeline(stored.take(rows), drawn if i == 0 else ())
-            for i, (stored, pipeline) in enumerate(self._elements)
+            transform(column.take(rows), drawn if i == 0 else ())
+            for i, (column, transform) in enumerate(self._elements)
         ]
 
-
-# --- reading a tree -------------------------------------------------------------------------------
 
 _Part = tuple[Any, Tensor | None, Tensor | None]
 """A dataset, which of its samples (None for all), and their places among those wanted."""
@@ -156,8 +153,8 @@ def _parts(node: Any, wanted: Tensor | None) -> list[_Part] | None:
     The places are None if all that is wanted comes from one dataset.
     """
     own: Any = None
-    if isinstance(node, FlatData):
-        children, own = node._datasets, node._indices
+    if isinstance(node, internals.FlatData):
+        children, own = internals.children_and_indices(node)
     elif type(node) is Subset:
         children, own = [node.dataset], node.indices
     elif type(node) is ConcatDataset:
@@ -182,56 +179,36 @@ def _parts(node: Any, wanted: Tensor | None) -> list[_Part] | None:
 
 
 def _leaves(
-    node: Any,
-    wanted: Tensor | None,
-    places: Tensor | None,
-    group: str,
-    outer: list[TupleTransform],
+    node: Any, wanted: Tensor | None, places: Tensor | None, group: str, outer: list[TupleTransform]
 ) -> Iterator[tuple[Any, Tensor | None, Tensor | None, list[TupleTransform]]]:
     """Yield the leaves, which of their samples, where these belong, and all their transforms."""
-    parts = None if isinstance(node, Rows) else _parts(node, wanted)
+    parts = None if isinstance(node, SourceSubset) else _parts(node, wanted)
     if parts is None:
         yield node, wanted, places, outer
         return
-    inner = _pair_transforms(node, group) + outer
+    inner = _sample_transforms(node, group) + outer
     for child, chosen, where in parts:
-        if where is None or places is None:
-            there = places if where is None else where
-        else:
-            there = places[where]
+        there = places if where is None else where if places is None else places[where]
         yield from _leaves(child, chosen, there, group, inner)
 
 
-def _transform_groups(node: Any) -> list[Any]:
-    """Return a node's frozen and other transforms, as they are applied; None where it has none."""
-    found = [getattr(node, f"{name}transform_groups", None) for name in ("_frozen_", "_")]
-    return [None if _is_empty(groups) else groups for groups in found]
-
-
-def _is_empty(groups: Any) -> bool:
-    # Avalanche puts a transform into such a group where it replaces a dataset's transforms.
-    return isinstance(groups, EmptyTransformGroups) and not any(groups.transform_groups.values())
-
-
-def _pair_transforms(node: Any, group: str) -> list[TupleTransform]:
+def _sample_transforms(node: Any, group: str) -> list[TupleTransform]:
     """Return the node's transforms of whole samples, in the order of their application."""
     try:
-        found = [groups[group] for groups in _transform_groups(node) if groups is not None]
+        found = [groups[group] for groups in internals.transform_groups(node) if groups is not None]
     except KeyError:
         raise NotBatchableError(f"there are no transforms for {group!r}") from None
-    pairs: list[TupleTransform] = []
+    transforms: list[TupleTransform] = []
     for transform in found:
         parts = transform.transforms if type(transform) is MultiParamCompose else [transform]
-        for part in parts:
-            if part is not None and type(part) is not TupleTransform:
-                raise NotBatchableError(f"{part!r} transforms inputs and targets together")
-        pairs += [part for part in parts if part is not None]
-    return pairs
+        transforms += [part for part in parts if part is not None]
+    for transform in transforms:
+        if type(transform) is not TupleTransform:
+            raise NotBatchableError(f"{transform!r} transforms inputs and targets together")
+    return transforms
 
 
-def _chains(pairs: list[TupleTransform], width: int) -> list[list[Any]]:
-    """Return the transforms of each element of the samples, flat."""
-    return [
-        [t for pair in pairs if i < len(pair.transforms) for t in flat(pair.transforms[i])]
-        for i in range(width)
-    ]
+def _chain(pairs: list[TupleTransform], element: int) -> list[Any]:
+    """Return the transforms of one element of the samples, without ``Compose``."""
+    chosen = (pair.transforms[element] for pair in pairs if element < len(pair.transforms))
+    return [part for transform in chosen for part in flatten(transform)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
@@ -27,7 +27,7 @@ __all__ = [
     "validated_factor",
 ]
 
-HISTORIES = ("weights", "gradients")
+HISTORIES = ("weights", "gradients", "inputs")
 """The kinds of history: what :data:`history` may be."""
 
 Check = Callable[[str, Any], None]
@@ -122,7 +122,7 @@ class Hyperparameters(TypedDict, total=False):
             "Step length, >= 0 (α in the paper). A one-element tensor works too.",
             _learning_rate,
             1e-3,
-            {"gradients": 0.02},
+            {"gradients": 0.02, "inputs": 0.1},
             phase=True,
         ),
     ]
@@ -140,10 +140,10 @@ class Hyperparameters(TypedDict, total=False):
         float | None,
         Spec(
             "Stands inside the root and is added to every accumulator, >= 0 (ε in the paper); > 0 "
-            'with ``history="gradients"``.',
+            "with a history of directions.",
             _nonnegative,
             1e-8,
-            {"gradients": 0.02},
+            {"gradients": 0.02, "inputs": 30.0},
             phase=True,
         ),
     ]
@@ -153,6 +153,7 @@ class Hyperparameters(TypedDict, total=False):
             "Exponent of the accumulated gradients, > 0 (p in the paper).",
             _positive,
             1.5,
+            {"inputs": 1.0},
             phase=True,
         ),
     ]
@@ -170,18 +171,18 @@ class Hyperparameters(TypedDict, total=False):
             "own.",
             _one_of(*HISTORIES),
             "weights",
-            {"gradients": "gradients"},
+            {"gradients": "gradients", "inputs": "inputs"},
         ),
     ]
     rank: Annotated[
         int | None,
         Spec(
-            'With ``history="gradients"``: columns of the sketch, >= 1. The state is at most rank '
+            "With a history of directions: how many are told apart, >= 1. The state is about rank "
             "numbers for each input of a layer.",
             _count,
             None,
-            {"gradients": 128},
-            only=("gradients",),
+            {"gradients": 128, "inputs": 128},
+            only=("gradients", "inputs"),
         ),
     ]
     both_sides: Annotated[
@@ -305,41 +306,40 @@ def validated_factor(name: str, value: Any) -> float:
 _Class = TypeVar("_Class", bound=type)
 
 
-def documented(
-    names: Iterable[str] = SPECS,
-) -> Callable[[_Class], _Class]:
+def documented(**own: tuple[Any, str]) -> Callable[[_Class], _Class]:
     """Return a class decorator that declares hyper-parameters to ``help()`` and ``inspect``.
 
     The line ``{hyperparameters}`` of the docstring becomes their part of ``Args``. In the signature
     they take the place of ``**hyperparameters``, with the defaults of ``history="weights"``.
 
     Args:
-        names: which; the constructor may take some itself.
+        **own: a default and a text with the default, for a hyper-parameter that differs here.
     """
 
     def decorate(cls: _Class) -> _Class:
         pad = " " * 8
         entries = []
-        for name in names:
-            spec = SPECS[name]
+        for name, spec in SPECS.items():
             others = [f"{v!r} with history={h!r}" for h, v in spec.defaults.items() if v != h]
-            text = f"{name}: {spec.doc} Default: {', '.join([repr(spec.default), *others])}."
+            text = f"{spec.doc} Default: {', '.join([repr(spec.default), *others])}."
+            text = f"{name}: {own[name][1] if name in own else text}"
             entries += textwrap.wrap(text, 92, initial_indent=pad, subsequent_indent=pad + "    ")
         assert cls.__doc__ is not None
         cls.__doc__ = cls.__doc__.replace(pad + "{hyperparameters}", "\n".join(entries))
         init: Any = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(init)
         hints = get_type_hints(Hyperparameters)
-        own = dict(signature.parameters)
-        own.pop("hyperparameters", None)
-        catch_all = own.popitem()[1] if _is_catch_all(own) else None
-        for name in names:
-            kind = own[name].kind if name in own else inspect.Parameter.KEYWORD_ONLY
-            own[name] = inspect.Parameter(
-                name, kind, default=SPECS[name].default, annotation=hints[name]
+        parameters = dict(signature.parameters)
+        parameters.pop("hyperparameters", None)
+        catch_all = dict([parameters.popitem()]) if _is_catch_all(parameters) else {}
+        for name, spec in SPECS.items():
+            given = parameters.get(name)
+            kind = inspect.Parameter.KEYWORD_ONLY if given is None else given.kind
+            default = own[name][0] if name in own else spec.default
+            parameters[name] = inspect.Parameter(
+                name, kind, default=default, annotation=hints[name]
             )
-        parameters = [*own.values(), *([catch_all] if catch_all else [])]
-        init.__signature__ = signature.replace(parameters=parameters)
+        init.__signature__ = signature.replace(parameters=[*(parameters | catch_all).values()])
         return cls
 
     return decorate

@@ -179,6 +179,54 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     return CLASSP(model=model, phases=phases, history=history, **own, **common)
 
 
+def _closed_form(head: Callable[[Hyper], Any]) -> Build:
+    """Return a builder of a method that solves a head on features that never change."""
+
+    def build(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+        from experiments.protocol.closed_form import ClosedForm
+        from experiments.protocol.models import sizes_of
+
+        inputs, labels, by_task = sizes_of(model)
+        width = int(hyper.get("width", 0))
+        return ClosedForm(
+            make=head(hyper), width=width, inputs=inputs, labels=labels, by_task=by_task, **common
+        )
+
+    return build
+
+
+def _class_means(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import ClassMeans
+
+    return ClassMeans
+
+
+def _lda(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import StreamingLDA
+
+    return lambda features, labels: StreamingLDA(features, labels, hyper["shrinkage"])
+
+
+def _ridge(hyper: Hyper) -> Any:
+    from experiments.protocol.closed_form import Ridge
+
+    return lambda features, labels: Ridge(features, labels, hyper["penalty"])
+
+
+def _owm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.projections import OWMPlugin
+
+    _require(hyper["alpha"] > 0, "alpha", hyper["alpha"], "greater than 0")
+    return _on_sgd(model, hyper, common, OWMPlugin(alpha=float(hyper["alpha"])))
+
+
+def _gpm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from experiments.protocol.projections import GPMPlugin
+
+    _require(0 < hyper["share"] < 1, "share", hyper["share"], "between 0 and 1")
+    return _on_sgd(model, hyper, common, GPMPlugin(threshold=float(hyper["share"])))
+
+
 # Search spaces. Learning rates reach down to where a method hardly moves, because slow learning
 # alone forgets less; Adam moves every weight by about lr in each step, so its lr goes lower than
 # the others'. A penalty's weight spans ten orders of magnitude, because Avalanche's importances
@@ -188,7 +236,8 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 # matrix accumulators lr follows from the rate in directions that are still free,
 # lr / epsilon^(1/power), which is SGD's and has SGD's limits. With consolidation the rate goes to
 # 3: what was learnt is protected by the factor, and trials with the other space had their best
-# rates at its end.
+# rates at its end. Closed forms have a penalty or a shrinkage; the width of a random layer is not
+# searched: more is better.
 
 
 def _log(trial: BaseTrial, name: str, low: float, high: float) -> float:
@@ -397,6 +446,44 @@ METHODS = {
         build=_classp,
         space=_consolidated_space,
         style=Style("#4b281e", "*"),
+        usual=False,
+    ),
+    "class-means": Method(
+        description="closed form on raw inputs: the nearest class mean",
+        defaults={},
+        build=_closed_form(_class_means),
+        space=lambda trial: {},
+        usual=False,
+    ),
+    "slda": Method(
+        description="closed form on raw inputs: class means and one covariance, streaming LDA",
+        defaults={"shrinkage": 1e-4},
+        build=_closed_form(_lda),
+        space=lambda trial: {"shrinkage": _log(trial, "shrinkage", 1e-6, 0.5)},
+        usual=False,
+    ),
+    "ridge": Method(
+        description="closed form on a random ReLU layer: ridge regression, recursive least squares",
+        defaults={"penalty": 1.0, "width": 2000},
+        build=_closed_form(_ridge),
+        space=lambda trial: {"penalty": _log(trial, "penalty", 1e-2, 1e5)},
+        usual=False,
+    ),
+    "owm": Method(
+        description="orthogonal weights modification on SGD: gradients keep off earlier inputs",
+        defaults={"lr": 0.1, "alpha": 1.0},
+        build=_owm,
+        space=lambda trial: {**_sgd_space(trial), "alpha": _log(trial, "alpha", 1e-4, 100.0)},
+        usual=False,
+    ),
+    "gpm": Method(
+        description="gradient projection memory on SGD: a basis of earlier inputs is kept off",
+        defaults={"lr": 0.1, "share": 0.97},
+        build=_gpm,
+        space=lambda trial: {
+            **_sgd_space(trial),
+            "share": trial.suggest_float("share", 0.8, 0.999),
+        },
         usual=False,
     ),
 }

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
 
@@ -57,7 +57,19 @@ def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Mod
     from avalanche.models import as_multitask
 
     made = model.make(shape, labels)
-    return as_multitask(made, model.classifier) if multi_head else made
+    made = as_multitask(made, model.classifier) if multi_head else made
+    made.sizes = (math.prod(shape), labels, multi_head)
+    return made
+
+
+def sizes_of(model: nn.Module) -> tuple[int, int, bool]:
+    """Return what :func:`make_model` made it for, for methods that make layers of their own.
+
+    Returns:
+        The numbers in a sample, the labels of a head, and whether each task label has one.
+    """
+    sizes: Any = getattr(model, "sizes", (1, 1, False))  # one on which settings are only checked
+    return sizes
 
 
 def _with_classifier(features: list[nn.Module], size: int, labels: int) -> nn.Module:

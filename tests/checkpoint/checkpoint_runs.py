@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -35,7 +37,18 @@ from avalanche.training.plugins import (
     LRSchedulerPlugin,
     RWalkPlugin,
 )
-from conftest import BATCH, FEATURES, HIDDEN, SGD, make_benchmark, many_heads, seed_everything
+from conftest import (
+    BATCH,
+    FEATURES,
+    HIDDEN,
+    SGD,
+    accumulators,
+    growing_head,
+    make_benchmark,
+    many_heads,
+    seed_everything,
+    weights,
+)
 from torch import nn
 
 from avalanche_classp import (
@@ -47,7 +60,8 @@ from avalanche_classp import (
     classp_metrics,
     in_memory,
 )
-from avalanche_classp.checkpoint.strategy_state import Stays
+from avalanche_classp.checkpoint.file import VERSION
+from avalanche_classp.checkpoint.kinds import NotSaved
 
 EPOCHS = 3
 
@@ -124,7 +138,7 @@ class StoppedError(Exception):
     """What ends a run in the place of SIGKILL, where one process is enough."""
 
 
-class Stopper(Stays):
+class Stopper(NotSaved):
     """A plugin that stops a run after some iterations. It is no part of the state."""
 
     def __init__(self) -> None:
@@ -273,11 +287,42 @@ def kill_often(folder: Path, kills: int) -> dict[str, Any]:
     return counts
 
 
+# --- the stored example ---------------------------------------------------------------------------
+
+
+def example(benchmark: Any, folder: Path, **kwargs: Any) -> tuple[Any, Any]:
+    """Return a strategy, and what is left to train of it."""
+    strategy = CLASSP(model=growing_head(), train_mb_size=8, train_epochs=3, evaluator=None)
+    return strategy, checkpointed(benchmark.train_stream, strategy, folder, **kwargs)
+
+
+def write_example(folder: Path) -> None:
+    """Write the checkpoint after 2 of 3 epochs of experience 1, and the weights that it holds."""
+    seed_everything(0)
+    with tempfile.TemporaryDirectory() as made:
+        strategy, rest = example(make_benchmark(), Path(made), every_epochs=1)
+        left = iter(range(15))
+
+        def stop(*_: Any) -> None:  # a hook, for the plugins must be those of the test
+            if next(left, None) is None:
+                raise StoppedError
+
+        strategy.model.register_forward_pre_hook(stop)
+        with contextlib.suppress(StoppedError):
+            for experience in rest:
+                strategy.train(experience)
+        shutil.copy(Path(made) / "00000005.checkpoint", folder / f"version-{VERSION}.checkpoint")
+    stored = {"weights": weights(strategy.model), "accumulators": accumulators(strategy)}
+    torch.save(stored, folder / f"version-{VERSION}-weights.pt")
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     task, folder = sys.argv[1], Path(sys.argv[2])
     if task == "kill":
         print(json.dumps(kill_often(folder, int(sys.argv[3]))))
+    elif task == "example":
+        write_example(folder)
     else:
         Run("classp").go(folder / "checkpoints", every_epochs=1)
         time.sleep(60)  # to be killed

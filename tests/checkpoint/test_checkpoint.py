@@ -51,8 +51,9 @@ from avalanche_classp import (
     checkpointed,
     mend_save_checkpoint,
 )
+from avalanche_classp.checkpoint.decoding import decode
+from avalanche_classp.checkpoint.encoding import encode
 from avalanche_classp.checkpoint.file import VERSION, read_file, write_file
-from avalanche_classp.checkpoint.strategy_state import captured, restore
 
 parametrize = pytest.mark.parametrize
 DATA = Path(__file__).parents[1] / "data"
@@ -119,7 +120,7 @@ def test_every_second_epoch(tmp_path):
 
 def test_the_comparison_finds_what_is_lost(tmp_path, monkeypatch):
     whole = Run("classp").go()
-    monkeypatch.setattr(avalanche_classp.checkpoint.resume, "restore_random_state", lambda *a: None)
+    monkeypatch.setattr(avalanche_classp.checkpoint.resume, "decode_random_state", lambda *a: None)
     found = interrupted(tmp_path, [5], **WITHIN)
     assert not same(found["model"], whole["model"])
     assert not same(found["random"], whole["random"])
@@ -245,7 +246,8 @@ def start(*words):
     """Start a fresh interpreter."""
     command = [sys.executable, checkpoint_runs.__file__, *map(str, words)]
     root = Path(avalanche_classp.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -392,11 +394,11 @@ def test_loading_runs_no_code_from_a_file(tmp_path, monkeypatch):
 @parametrize("name", ["antigravity:X", "subprocess:Popen", "torch.nn:X", "builtins:dict"])
 def test_classes_are_not_taken_by_name(name):
     strategy = naive(linear_head())
-    content = captured(strategy)
+    content = encode(strategy)
     record = {"kind": "object", "class": name, "attributes": {}}
     content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
     with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
-        restore(naive(linear_head()), content)
+        decode(naive(linear_head()), content)
     assert "antigravity" not in sys.modules
 
 
@@ -465,9 +467,9 @@ def through_a_file(plugin, twin, tmp_path):
     strategy = naive(linear_head(), plugin)
     plugin.strategy = strategy  # leads back to where it came from
     plugin.view = strategy.model[0].weight.detach()[1:3]
-    write_file(path, captured(strategy))
+    write_file(path, encode(strategy))
     other = naive(linear_head(), twin)
-    restore(other, read_file(path, CPU))
+    decode(other, read_file(path, CPU))
     assert twin.strategy is other
     return other
 
@@ -616,7 +618,30 @@ def test_the_part_that_does_not_fit_is_named(folder, tiny):
     model = growing_head()
     model[1] = nn.ReLU()
     with pytest.raises(CheckpointError, match=r"model\._modules\['1'\] was Tanh, and is ReLU"):
-        checkpointed(tiny.train_stream, CLASSP(model=model, evaluator=None), folder)
+        strategy = CLASSP(model=model, train_mb_size=8, evaluator=None)
+        checkpointed(tiny.train_stream, strategy, folder)
+
+
+@parametrize(
+    "record",
+    [
+        {"kind": "script", "class": "builtins:builtin_function_or_method", "path": "os.system"},
+        {"kind": "enum", "class": "os:system", "member": "x"},
+        {"kind": "enum", "class": "enum:Enum", "member": "system"},
+        {"kind": "enum", "class": "antigravity:X", "member": "x"},
+        {"kind": "namedtuple", "class": "subprocess:Popen", "items": ["true"]},
+        {"kind": "method", "name": "__class__", "self": {"kind": "list", "items": []}},
+        {"kind": "state_dict", "class": "os:system", "path": None, "state": {}},
+        {"kind": "torch", "name": "os"},
+    ],
+)
+def test_a_file_cannot_name_code_that_is_not_the_scripts(record):
+    strategy = naive(linear_head())
+    content = encode(strategy)
+    content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
+    with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
+        decode(naive(linear_head()), content)
+    assert "antigravity" not in sys.modules
 
 
 # --- loggers --------------------------------------------------------------------------------------
@@ -672,14 +697,14 @@ def test_several_processes_are_refused(tmp_path, tiny, monkeypatch):
         checkpointed(tiny.train_stream, strategy, tmp_path)
 
 
-# --- an older release's checkpoint ----------------------------------------------------------------
+# --- a stored checkpoint --------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_version_1_keeps_loading(tmp_path, tiny):
-    """Made by `resumed(folder, tiny, every_epochs=1)` with 3 epochs, after 2 of experience 1."""
+    """Written by `PYTHONPATH=.:tests python tests/checkpoint/checkpoint_runs.py example FOLDER`."""
     shutil.copy(DATA / "version-1.checkpoint", tmp_path / "00000005.checkpoint")
     stored = torch.load(DATA / "version-1-weights.pt", weights_only=True)
-    strategy, rest = resumed(tmp_path, tiny, every_epochs=1)
+    strategy, rest = checkpoint_runs.example(tiny, tmp_path, every_epochs=1)
     clock = strategy.clock
     assert (clock.train_exp_counter, clock.train_exp_epochs, clock.train_iterations) == (1, 2, 15)
     assert same(weights(strategy.model), stored["weights"])

@@ -6,11 +6,13 @@ import copy
 import inspect
 import pickle
 import random
+import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import mypy.api
 import numpy as np
 import pytest
 import torch
@@ -76,11 +78,11 @@ from avalanche_classp import CLASSP, in_memory
 from avalanche_classp.data.batch_transforms import (
     NUMBER,
     TENSOR,
-    Form,
+    BatchTransform,
+    ElementSpec,
     NotBatchableError,
-    Pipeline,
 )
-from avalanche_classp.data.sample_store import Source
+from avalanche_classp.data.sample_store import SampleSource
 
 UNTOUCHED = dict(default_collate_fn_map)
 
@@ -270,7 +272,7 @@ def never_one_by_one(monkeypatch):
 
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("error", message="in_memory")
-        patch.setattr(avalanche_classp.data.in_memory._InMemory, "load_sample", refuse)
+        patch.setattr(avalanche_classp.data.in_memory.InMemoryDataset, "load_sample", refuse)
         yield
 
 
@@ -380,6 +382,7 @@ def test_concatenations_in_concatenations(root):
             assert_same_loading(LOADERS["in order"], view(one), view(other))
 
 
+@pytest.mark.slow
 def test_workers_load_the_same(root):
     make_loader = partial(task_balanced, batch_size=20, shuffle=True, num_workers=2)
     stock = cifar(root)
@@ -459,7 +462,7 @@ def test_augmentations_are_torchvisions(kind, as_tensors, size, padding, fill, p
     expected = torch.stack([dataset[i][0] for i in range(12)])
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    stored, pipeline = Source(dataset, deterministic=False).prepare(0, [])
+    stored, pipeline = SampleSource(dataset, deterministic=False).prepare(0, [])
     batch = pipeline(stored.take(torch.arange(12)), pipeline.draw(12))
     assert torch.equal(batch, expected)
     assert torch.equal(state, torch.get_rng_state())
@@ -615,7 +618,7 @@ def test_twice_is_once(root, monkeypatch):
 def test_avalanche_finds_no_ffcv(stock):
     dataset = in_memory(stock).train_stream[0].dataset
     assert not has_ffcv_support([dataset])
-    with pytest.raises(AttributeError, match="target_transform"):  # see Rows
+    with pytest.raises(AttributeError, match="target_transform"):  # see SourceSubset
         single_flat_dataset(dataset)
 
 
@@ -850,7 +853,9 @@ def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
         assert_same_loading(LOADERS["training"], one.train(), other.train())
 
 
-@pytest.mark.parametrize("draw", [torch.rand, np.random.rand, lambda n: random.random()])
+@pytest.mark.parametrize(
+    "draw", [torch.rand, lambda _: np.random.rand(), lambda _: random.random()]
+)
 def test_a_vouched_transform_that_draws_is_refused(draw, root):
     with pytest.raises(ValueError, match=r"draws random numbers.*deterministic"):
         in_memory(with_transforms(root, lambda x: x + draw(1)), deterministic=True)
@@ -896,7 +901,8 @@ def test_an_unknown_dataset_is_asked_each_time_or_once(mode, monkeypatch):
     for one, other in pairs_of_datasets(stock, untouched):
         assert type(one) is type(other)
         assert_same_loading(LOADERS["training"], one.train(), other.train())
-    fast = in_memory(stock, deterministic=True)
+    with pytest.warns(UserWarning, match="PIL images cannot be collated"):  # in evaluation
+        fast = in_memory(stock, deterministic=True)
     with never_one_by_one(monkeypatch):
         for _ in range(2):
             dataset.asked.clear()
@@ -908,7 +914,8 @@ def test_an_unknown_dataset_is_asked_each_time_or_once(mode, monkeypatch):
 
 
 def test_samples_of_different_shapes_are_refused():
-    fast = in_memory(of_dataset(Drawn(sizes=(8, 9))), deterministic=True)
+    with pytest.warns(UserWarning, match="PIL images cannot be collated"):  # in evaluation
+        fast = in_memory(of_dataset(Drawn(sizes=(8, 9))), deterministic=True)
     with pytest.raises(ValueError, match=r"Drawn .*differ.*8, 8, 3.*9, 9, 3.*without in_memory"):
         loaded(LOADERS["in order"], fast.train_stream[0].dataset)
 
@@ -981,14 +988,14 @@ def test_unusual_arrays_are_loaded_one_by_one(root):
 @pytest.mark.parametrize(
     "form",
     [
-        Form(TENSOR, (2,), torch.int64),
-        Form(NUMBER, (), torch.float64),
-        Form(NUMBER, (), torch.bool),
+        ElementSpec(TENSOR, (2,), torch.int64),
+        ElementSpec(NUMBER, (), torch.float64),
+        ElementSpec(NUMBER, (), torch.bool),
     ],
 )
 def test_only_whole_numbers_are_mapped_to_classes(form):
     with pytest.raises(NotBatchableError, match="lookup"):
-        Pipeline([partial(lookup, [1, 0])], form)
+        BatchTransform([partial(lookup, [1, 0])], form)
 
 
 class Reversed(Subset):
@@ -1072,7 +1079,7 @@ def test_arrays_are_shared_not_copied(root):
         FashionMNIST(root / "fashionmnist", transform=TO_TENSOR),
         TensorDataset(*some_tensors(10)),
     ):
-        stored, _ = Source(dataset, deterministic=False).prepare(0, [])
+        stored, _ = SampleSource(dataset, deterministic=False).prepare(0, [])
         held = dataset.tensors[0] if isinstance(dataset, TensorDataset) else dataset.data
         assert stored.data.data_ptr() == torch.as_tensor(held).data_ptr()
 
@@ -1093,11 +1100,36 @@ def test_it_is_one_documented_call():
     assert "bytes" in in_memory.__doc__
 
 
+@pytest.mark.slow
+def test_a_type_checker_still_knows_the_benchmarks_type(tmp_path):
+    repository = Path(__file__).parents[2]
+    (tmp_path / "mypy.ini").write_text(
+        f"[mypy]\nmypy_path = {repository}\n"
+        "[mypy-avalanche.*,torch.*,torchvision.*]\n"
+        "follow_imports = skip\nignore_missing_imports = true\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from avalanche.benchmarks import CLScenario\n"
+        "from avalanche_classp import in_memory\n"
+        "class Digits(CLScenario):\n"
+        "    train_stream: list[str]\n"
+        "reveal_type(in_memory(Digits([])))\n"
+        "reveal_type(in_memory(Digits([]), deterministic=True).train_stream)\n"
+    )
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path)]
+    told, _, _ = mypy.api.run([*options, str(script)])
+    revealed = re.findall(r'Revealed type is "(.*)"', told)
+    names = [name.replace("builtins.", "") for name in revealed]
+    assert names == ["script.Digits", "list[str]"], told
+
+
 # --- real data ------------------------------------------------------------------------------------
 
 DATA = Path.home() / ".avalanche" / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "make"),
     [

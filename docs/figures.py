@@ -1,0 +1,78 @@
+"""The figure of the README, drawn from the committed records.
+
+python docs/figures.py
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.running.records import Results
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "experiments" / "results" / "split-mnist-class"
+FIGURE = ROOT / "docs" / "images" / "accuracy.png"
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers and labels besides.
+LINES = {
+    "classp-matrix": ('CLASSP, "gradients"', "#D55E00", "*"),
+    "adagrad": ("AdaGrad", "#56B4E9", "s"),
+    "adam": ("Adam", "#CC79A7", "D"),
+    "ewc": ("EWC", "#0072B2", "^"),
+    "classp": ("CLASSP, paper's rule", "#E69F00", "*"),
+    "naive": ("SGD", "#000000", "o"),
+    "lwf": ("LwF", "#009E73", "v"),
+}
+LABELS_AT = {"classp": 45.3, "ewc": 49.6, "adam": 53.4, "adagrad": 57.4, "lwf": 28.9, "naive": 32.9}
+"""Where a label would lie on another one."""
+
+
+def accuracy_so_far(records, method):
+    """Return the mean over the seeds of the accuracy on what was trained, after each experience."""
+    matrices = [r["accuracy_matrix"] for r in records if r["config"]["method"] == method]
+    curves = [[np.mean(row[: i + 1]) for i, row in enumerate(matrix)] for matrix in matrices]
+    return 100 * np.mean(curves, axis=0)
+
+
+def main():
+    """Draw the figure."""
+    records = Results(RECORDS).load()
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    joint = [100 * r["average_accuracy"] for r in records if r["config"]["method"] == "joint"]
+    axes.axhline(np.mean(joint), color="#666666", linestyle="--", linewidth=1)
+    axes.text(5.12, np.mean(joint), "all data at once", color="#666666", va="center")
+    for method, (label, colour, marker) in LINES.items():
+        curve = accuracy_so_far(records, method)
+        ours = method.startswith("classp")
+        x = np.arange(1, len(curve) + 1)
+        axes.plot(
+            x,
+            curve,
+            color=colour,
+            marker=marker,
+            markersize=10 if ours else 6,
+            linewidth=3 if ours else 1.5,
+            zorder=3 if ours else 2,
+        )
+        axes.text(
+            len(curve) + 0.12,
+            LABELS_AT.get(method, curve[-1]),
+            label,
+            color=colour,
+            va="center",
+            weight="bold" if ours else "normal",
+        )
+    axes.set(xlim=(0.9, 5), ylim=(20, 101), xticks=range(1, 6))
+    axes.set_xlabel("experiences trained (two digits each)")
+    axes.set_ylabel("accuracy on the digits so far, %")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    figure.savefig(FIGURE, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
