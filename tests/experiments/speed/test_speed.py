@@ -64,7 +64,7 @@ def test_an_interrupted_measurement_does_not_say_that_it_goes_on(monkeypatch, ca
     def interrupted(rounds, device):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.speed.cases.measure_step", interrupted)
+    monkeypatch.setattr("experiments.speed.step.measure_step", interrupted)
     assert main(["step"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
