@@ -38,7 +38,7 @@ __all__ = [
     "in_memory",
     "mend_save_checkpoint",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _NEEDS_AVALANCHE = {
     "CLASSP": "strategy",

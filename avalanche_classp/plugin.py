@@ -138,7 +138,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         _refuse_nested_plugins()
         if unknown := hyperparameters.keys() - SPECS.keys():
             raise TypeError(f"CLASSPPlugin has no argument {min(unknown)!r}")
-        self.hyperparameters = {k: v for k, v in hyperparameters.items() if v is not None}
+        self.hyperparameters: dict[str, Any] = {
+            name: value for name, value in hyperparameters.items() if value is not None
+        }
         """What was given; None was left out."""
         validate(self.hyperparameters)
         self.phases = None if phases is None else _validated_phases(phases)
@@ -295,6 +297,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if self._begins:
             self._begins = False
             self._drop_histories_of_weights_made_anew(strategy)
+        optimizer = strategy.optimizer
+        if any(group["history"] == "inputs" for group in optimizer.param_groups):
+            optimizer.watch(strategy.model)  # anew: layers may have been replaced
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Count the experience, unless it is a part of one that goes on.
@@ -429,7 +434,7 @@ def _refuse_nested_plugins() -> None:
                 )
         original(strategy)
 
-    BaseTemplate._check_plugin_compatibility = check  # type: ignore[method-assign]
+    BaseTemplate._check_plugin_compatibility = check
 
 
 def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:

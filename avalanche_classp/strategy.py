@@ -119,7 +119,8 @@ class CLASSP(SupervisedTemplate):
         if eval_mb_size is not None:
             _require_whole("eval_mb_size", eval_mb_size, 1)
         _require_plugins(plugins)
-        hyperparameters: Any = {n: base_kwargs.pop(n) for n in SPECS if n in base_kwargs}
+        keywords: dict[str, Any] = dict(base_kwargs)
+        hyperparameters: Any = {n: keywords.pop(n) for n in SPECS if n in keywords}
         classp = CLASSPPlugin(phases=phases, consolidation=consolidation, **hyperparameters)
         if optimizer is None:
             optimizer = classp.make_optimizer(model.parameters())
@@ -134,7 +135,7 @@ class CLASSP(SupervisedTemplate):
             plugins=[*(plugins or ()), classp],
             evaluator=evaluator,
             eval_every=eval_every,
-            **base_kwargs,
+            **keywords,
         )
         classp.take_over(self)
 

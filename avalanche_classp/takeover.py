@@ -47,7 +47,8 @@ def replacement(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimiz
     """
     signature = inspect.signature(type(optimizer)).parameters
     settings = {*signature, *optimizer.defaults, *_IMPLEMENTATION, "initial_lr"} - _CARRIED
-    groups, ignored = [], {}
+    groups: list[dict[str, Any]] = []
+    ignored: dict[str, Any] = {}
     for group in optimizer.param_groups:
         kept = {key: value for key, value in group.items() if key not in settings}
         if "lr" in given:

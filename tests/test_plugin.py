@@ -7,26 +7,31 @@ and shows that the history is lost there: it will tell when Avalanche mends it.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 import pickle
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain, islice, pairwise, repeat
 from typing import Any
 
 import dill
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import split_online_stream
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.models import IncrementalClassifier
-from avalanche.training import EWC, Cumulative, JointTraining, LwF, Replay
+from avalanche.models.packnet import PackNetModel, PackNetPlugin
+from avalanche.training import EWC, Cumulative, GDumb, JointTraining, LwF, Naive, Replay
 from avalanche.training.plugins import (
     EarlyStoppingPlugin,
     EvaluationPlugin,
     EWCPlugin,
+    FromScratchTrainingPlugin,
     LRSchedulerPlugin,
     LwFPlugin,
     ReplayPlugin,
@@ -61,6 +66,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from avalanche_classp import CLASSP, PAPER_PHASES, CLASSPOptimizer, CLASSPPlugin
+from avalanche_classp.optim.accumulators import KINDS, kind_of
+from avalanche_classp.optim.hyperparameters import SPECS
 
 
 def classp_over(model: nn.Module, **hyperparameters: Any) -> CLASSPOptimizer:
@@ -449,6 +456,165 @@ def test_a_scheduler_of_a_classp_optimizer_changes_its_lr(tiny, make_scheduler, 
     strategy = naive(model, *plugins, optimizer=optimizer, train_epochs=4)
     fit(strategy, tiny.train_stream[:2])
     assert used == pytest.approx(expected * 2)  # LRSchedulerPlugin starts again by default
+
+
+class Warmup:
+    """A scheduler that is none of torch's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        pass
+
+
+def in_sequence(optimizer: torch.optim.Optimizer) -> Any:
+    parts = [StepLR(optimizer, 1), StepLR(optimizer, 2)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1])
+
+
+SCHEDULERS = {
+    "StepLR": lambda sgd: StepLR(sgd, 1),
+    "ReduceLROnPlateau": ReduceLROnPlateau,
+    "LambdaLR": lambda sgd: torch.optim.lr_scheduler.LambdaLR(sgd, lambda epoch: 0.5**epoch),
+    "OneCycleLR": lambda sgd: torch.optim.lr_scheduler.OneCycleLR(
+        sgd, 0.1, 10, cycle_momentum=False
+    ),
+    "SequentialLR": in_sequence,
+    "SWALR": lambda sgd: torch.optim.swa_utils.SWALR(sgd, 0.1),
+    "Warmup": Warmup,
+}
+
+HOLDERS: dict[str, Callable[[Any, Any], Any]] = {
+    "the user": lambda strategy, scheduler: scheduler,
+    "the strategy": lambda strategy, scheduler: vars(strategy).update(scheduler=scheduler),
+    "a plugin's attribute's attribute": lambda strategy, scheduler: strategy.plugins.append(
+        with_attributes(inner=with_attributes(scheduler=scheduler))
+    ),
+    "a plugin's method": lambda strategy, scheduler: strategy.plugins.append(
+        with_attributes(step=scheduler.step)
+    ),
+    "a list of lists": lambda strategy, scheduler: strategy.plugins.append(
+        with_attributes(parts=[[scheduler]])
+    ),
+    "a function": lambda strategy, scheduler: strategy.plugins.append(
+        with_attributes(call=lambda: scheduler.step())
+    ),
+}
+
+
+def with_attributes(**attributes: Any) -> SupervisedPlugin:
+    plugin = SupervisedPlugin()
+    vars(plugin).update(attributes)
+    return plugin
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_scheduler_is_refused_whoever_holds_it(tiny, holder):
+    strategy = naive(linear_head(), CLASSPPlugin())
+    kept = HOLDERS[holder](strategy, StepLR(strategy.optimizer, 1))
+    with pytest.raises(
+        ValueError, match=r"StepLR.* SGD that CLASSPPlugin replaces.*build a CLASSP"
+    ):
+        strategy.train(tiny.train_stream[0])
+    del kept
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_schedulers_of_every_kind_are_refused_also_after_the_take_over(tiny, name, when):
+    model = linear_head()
+    sgd = SGD(model.parameters(), lr=0.1)
+    if when == "before":
+        strategy = naive(model, CLASSPPlugin(), optimizer=sgd)
+        scheduler = SCHEDULERS[name](sgd)
+    else:
+        strategy = CLASSP(model=model, optimizer=sgd, evaluator=None)
+        scheduler = SCHEDULERS[name](sgd)
+    with pytest.raises(ValueError, match="a scheduler of the SGD that CLASSPPlugin replaces"):
+        strategy.train(tiny.train_stream[0])
+    del scheduler
+
+
+def test_a_scheduler_that_is_gone_or_of_another_optimizer_is_not_refused(tiny):
+    model = linear_head()
+    strategy = naive(model, CLASSPPlugin())
+    StepLR(strategy.optimizer, 1)
+    other = StepLR(SGD(model.parameters(), lr=0.1), 1)
+    fit(strategy, tiny.train_stream[:1])
+    assert isinstance(strategy.optimizer, CLASSPOptimizer)
+    assert "initial_lr" not in strategy.optimizer.param_groups[0]
+    del other
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(1.0),
+        torch.zeros(2, 2),
+        np.array(1.0),
+        np.zeros(3),
+        nn.Linear(2, 2),
+        range(3),
+        {"a": torch.tensor(1.0)},
+        [np.array(1)],
+        (i for i in range(3)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_plugins_attributes_are_no_matter(tiny, value):
+    strategy = naive(linear_head(), with_attributes(kept=value), CLASSPPlugin())
+    fit_and_check(strategy, tiny.train_stream[0])
+
+
+class KeepsTheStrategy(SupervisedPlugin):
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        self.strategy, self.all = strategy, [strategy]
+
+
+@pytest.mark.parametrize("first", ["classp", "other"])
+def test_a_plugin_may_keep_the_strategy(tiny, first):
+    plugins = [CLASSPPlugin(), KeepsTheStrategy()]
+    if first == "other":
+        plugins.reverse()
+    fit_and_check(naive(linear_head(), *plugins), *tiny.train_stream)
+
+
+def test_the_hooks_of_the_replaced_optimizer_are_called(tiny):
+    strategy = naive(linear_head(), CLASSPPlugin(lr=0.1))
+    sgd, calls = strategy.optimizer, []
+    early = sgd.register_step_pre_hook(lambda *args: calls.append("before"))
+    sgd.register_step_post_hook(lambda *args: calls.append("after"))
+    sgd.register_state_dict_post_hook(lambda optimizer, state: calls.append("state"))
+    fit(strategy, tiny.train_stream[:1])
+    assert calls == ["before", "after"] * 3
+    strategy.optimizer.state_dict()
+    assert calls.pop() == "state"
+    early.remove()
+    sgd.register_step_pre_hook(lambda *args: calls.append("late"))
+    calls.clear()
+    fit(strategy, tiny.train_stream[1:2])
+    assert calls == ["late", "after"] * 3
+
+
+def test_keys_of_the_users_own_stay_in_the_groups(tiny):
+    model = linear_head()
+    groups = two_groups(model)
+    groups[0] |= {"name": "body", "tags": ["a"]}
+    strategy = naive(model, CLASSPPlugin(), optimizer=torch.optim.AdamW(groups, weight_decay=0))
+    fit(strategy, tiny.train_stream[:1])
+    body, head = strategy.optimizer.param_groups
+    assert (body["name"], body["tags"]) == ("body", ["a"])
+    assert "name" not in head
+    assert not {"betas", "weight_decay", "amsgrad"} & body.keys()
+
+
+def test_a_step_that_was_set_on_the_replaced_optimizer_is_warned_about():
+    model = linear_head()
+    sgd = SGD(model.parameters(), lr=0.1)
+    sgd.step = lambda closure=None: None
+    with pytest.warns(UserWarning, match=r"no counterpart for step=<function"):
+        taken_over(sgd, model)
 
 
 def test_an_optimizer_replaced_by_another_plugin_is_refused(tiny):
@@ -1089,6 +1255,326 @@ def test_train_with_reset_optimizer_state_forgets_the_history(tiny, make_model):
     assert all(a.any() for a in history.ends[0].values())
     assert all(is_lost(name, history.starts[1]) for name in history.ends[0])
     assert all(not is_lost(name, history.starts[2]) for name in history.ends[1])
+
+
+# what is reset on purpose, and weights that are made anew
+
+
+def restart(strategy: Any) -> None:
+    """Give the model the weights that it had at first."""
+    strategy.model.load_state_dict(linear_head().state_dict())
+
+
+def initialize(strategy: Any) -> None:
+    torch.manual_seed(5)
+    for module in strategy.model:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+
+def replace_model(strategy: Any) -> None:
+    strategy.model = linear_head()
+
+
+def load_best(strategy: Any) -> None:
+    strategy.model.load_state_dict(strategy.best)
+
+
+def average(strategy: Any) -> None:
+    with torch.no_grad():
+        for p, best in zip(strategy.model.parameters(), strategy.best.values(), strict=True):
+            p.lerp_(best, 0.5)
+
+
+def average_with_the_start(strategy: Any) -> None:
+    strategy.best = linear_head().state_dict()
+    average(strategy)
+
+
+def reset_two_units(strategy: Any) -> None:
+    with torch.no_grad():
+        strategy.model[0].weight[:2] = 0
+        strategy.model[0].bias[:2] = 0
+        strategy.model[2].weight[:, :2] = 0
+        strategy.model[2].bias[:2] = 0
+
+
+def round_to_half(strategy: Any) -> None:
+    strategy.model.half().float()
+
+
+def copy_model(strategy: Any) -> None:
+    strategy.model = copy.deepcopy(strategy.model)
+
+
+def shrink(strategy: Any) -> None:
+    with torch.no_grad():
+        for p in strategy.model.parameters():
+            p.mul_(0.99)
+
+
+def after_one_more_epoch_by_hand(strategy: Any) -> None:
+    x, y = make_data(CLASSES[0])
+    for _ in range(3):
+        strategy.optimizer.zero_grad()
+        nn.functional.cross_entropy(strategy.model(x), y).backward()
+        strategy.optimizer.step()
+
+
+@pytest.mark.parametrize("hook", ["between", "before_training", "before_training_exp"])
+@pytest.mark.parametrize("change", [restart, initialize, replace_model])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_weights_made_anew_lose_their_history_with_one_line(tiny, change, hook, power):
+    history = History()
+    once = iter([False, True, False])
+    again = On(**({} if hook == "between" else {hook: lambda s: next(once) and change(s)}))
+    plugin = CLASSPPlugin(lr=0.01, epsilon=1e-3, power=power)
+    if change is replace_model and hook == "before_training_exp":
+        pytest.skip("Avalanche has made the optimizer's list of parameters by then")
+    strategy = naive(linear_head(), plugin, again, history, train_epochs=2)
+    fit(strategy, tiny.train_stream[:1])
+    if hook == "between":
+        change(strategy)
+    with pytest.warns(UserWarning, match="were made anew") as caught:
+        fit(strategy, tiny.train_stream[1:2])
+    assert len([w for w in caught if "made anew" in str(w.message)]) == 1
+    assert all(is_lost(name, history.starts[2]) for name in history.ends[0])
+    fit(strategy, tiny.train_stream[2:])
+    assert same(history.starts[4], history.ends[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        load_best,
+        average,
+        average_with_the_start,
+        reset_two_units,
+        round_to_half,
+        copy_model,
+        shrink,
+        after_one_more_epoch_by_hand,
+        lambda strategy: None,
+    ],
+)
+@pytest.mark.parametrize("experiences", [1, 2])
+def test_weights_that_change_otherwise_keep_their_history(tiny, change, experiences):
+    history = History()
+    strategy = naive(linear_head(), CLASSPPlugin(lr=0.1), history, train_epochs=4)
+    epochs: list[Any] = []
+    note = On(before_training_epoch=lambda s: epochs.append(copy.deepcopy(s.model.state_dict())))
+    strategy.plugins.append(note)
+    fit(strategy, tiny.train_stream[:experiences])
+    strategy.best = epochs[-3]
+    before = len(history.starts)
+    ends = accumulators(strategy)
+    change(strategy)
+    if change is after_one_more_epoch_by_hand:
+        ends = accumulators(strategy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(strategy, tiny.train_stream[2:])
+    assert same(history.starts[before], ends)
+
+
+def from_scratch(first: str, plugin: Any, **kwargs: Any) -> Any:
+    plugins = [FromScratchTrainingPlugin(**kwargs), plugin]
+    return plugins if first == "scratch" else plugins[::-1]
+
+
+@pytest.mark.parametrize("first", ["classp", "scratch"])
+@pytest.mark.parametrize("reset_optimizer", [True, False])
+@pytest.mark.parametrize("strategy_class", [Naive, Cumulative])
+@pytest.mark.filterwarnings("ignore:the weights of:UserWarning")
+def test_training_from_scratch_has_no_history(tiny, first, reset_optimizer, strategy_class):
+    history = History()
+    plugins = from_scratch(first, CLASSPPlugin(lr=0.01), reset_optimizer=reset_optimizer)
+    strategy = build(strategy_class, linear_head(), plugins=[*plugins, history])
+    fit(strategy, tiny.train_stream)
+    for start, end in zip(history.starts[1:], history.ends, strict=False):
+        assert all(is_lost(name, start) for name in end)
+    alone = build(strategy_class, linear_head(), plugins=[CLASSPPlugin(lr=0.01)])
+    fit(alone, tiny.train_stream[:1])
+    assert same(history.ends[0], accumulators(alone))
+
+
+@pytest.mark.filterwarnings("ignore:the weights of:UserWarning")
+def test_gdumb_and_a_growing_head_begin_without_history(tiny):
+    for make_model in (linear_head, growing_head):
+        history = History()
+        strategy = build(GDumb, make_model(), plugins=[CLASSPPlugin(lr=0.01), history])
+        fit(strategy, tiny.train_stream)
+        for start, end in zip(history.starts[1:], history.ends, strict=False):
+            assert all(is_lost(name, start) for name in end)
+
+
+@pytest.mark.parametrize("first", ["classp", "other"])
+@pytest.mark.parametrize("make_model", [linear_head, growing_head])
+@pytest.mark.parametrize("how", ["clear", "new", "pop"])
+def test_a_reset_by_a_plugin_stays_a_reset(tiny, first, make_model, how):
+    def reset(strategy: Any) -> None:
+        if how == "new":
+            strategy.optimizer.state = defaultdict(dict)
+        elif how == "clear":
+            strategy.optimizer.state.clear()
+        else:
+            for p in strategy.model.parameters():
+                strategy.optimizer.state.pop(p, None)
+
+    history = History()
+    plugins = [CLASSPPlugin(), On(before_training_exp=reset)]
+    if first == "other":
+        plugins.reverse()
+    fit(naive(make_model(), *plugins, history), tiny.train_stream)
+    for start in history.starts:
+        assert not start
+
+
+def test_a_reset_of_one_layer_is_of_that_layer(tiny):
+    def reset(strategy: Any) -> None:
+        strategy.optimizer.state.pop(strategy.model[0].weight, None)
+
+    history = History()
+    plugins = [On(before_training_exp=reset), CLASSPPlugin(), history]
+    fit(naive(growing_head(), *plugins), tiny.train_stream[:2])
+    assert "0.weight" not in history.starts[1]
+    assert_grown(history.ends[0][GROWING[0]], history.starts[1][GROWING[0]])
+
+
+# whether it was CLASSP that trained
+
+
+class Accumulating(Naive):
+    """Steps once in so many iterations."""
+
+    every = 100
+    count = 0
+
+    def optimizer_step(self) -> None:
+        self.count += 1
+        if self.count % self.every == 0:
+            super().optimizer_step()
+
+
+class ByHand(Naive):
+    def optimizer_step(self) -> None:
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p -= 0.1 * p.grad
+
+
+def test_an_experience_without_a_step_is_warned_about(tiny):
+    strategy = build(Accumulating, linear_head(), plugins=[CLASSPPlugin()])
+    with pytest.warns(UserWarning, match=r"Accumulating has trained 3 iterations without one step"):
+        fit(strategy, tiny.train_stream[:1])
+
+
+def test_an_experience_with_few_steps_is_not(tiny):
+    strategy = build(Accumulating, linear_head(), plugins=[CLASSPPlugin()])
+    strategy.every = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(strategy, tiny.train_stream)
+
+
+def test_training_without_the_optimizer_is_refused_in_the_first_experience(tiny):
+    strategy = build(ByHand, linear_head(), plugins=[CLASSPPlugin()])
+    with pytest.raises(RuntimeError, match="changed the weights without one step"):
+        fit(strategy, tiny.train_stream[:1])
+
+
+def test_no_epochs_are_no_matter(tiny):
+    strategy = fit(naive(linear_head(), CLASSPPlugin(), train_epochs=0), tiny.train_stream)
+    assert same(weights(strategy.model), weights(linear_head()))
+
+
+def test_an_optimizer_replaced_after_the_first_epoch_began_is_refused(tiny):
+    def replace(strategy: Any) -> None:
+        strategy.optimizer = SGD(strategy.model.parameters(), lr=0.1)
+
+    strategy = naive(linear_head(), CLASSPPlugin(), On(after_training_iteration=replace))
+    with pytest.raises(ValueError, match="optimizer was replaced by SGD"):
+        fit(strategy, tiny.train_stream[:1])
+
+
+@pytest.mark.parametrize("phases", [None, [{"lr": 0.05}, {"lr": 0.02}]])
+def test_packnets_plugin_resets_the_optimizer_beside_classp(tiny, phases):
+    watch, log = record("lr")
+    model = PackNetModel(linear_head())
+    strategy = CLASSP(
+        model=model,
+        lr=0.1,
+        phases=phases,
+        plugins=[PackNetPlugin(1, 0.5), watch],
+        train_epochs=2,
+        train_mb_size=BATCH,
+        evaluator=None,
+    )
+    before = weights(model)
+    fit(strategy, tiny.train_stream[:2])
+    assert not same(weights(model), before)
+    assert total(accumulators(strategy)) > 0
+    # The plugin before CLASSP's sees the phase from the second epoch on.
+    assert log[1::2] == ([0.1, 0.1] if phases is None else [0.05, 0.02])
+
+
+# one plugin, two strategies
+
+
+def test_a_plugin_starts_afresh_with_a_strategy_of_another_model(tiny):
+    watch, log = record("lr", "threshold")
+    plugin = CLASSPPlugin(phases=[{"lr": 0.1}, {"lr": 0.2, "threshold": 1e-4}], consolidation=4.0)
+    ends = []
+    for _ in range(3):
+        strategy = fit(naive(linear_head(), plugin, watch), tiny.train_stream[:2])
+        ends.append(weights(strategy.model))
+        assert plugin.experiences_seen == 2
+    assert log == [(0.1, 0.0), (0.2, 1e-4)] * 3
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+def test_a_plugin_goes_on_with_a_strategy_of_the_same_model(tiny):
+    plugin, model = CLASSPPlugin(phases=[{"lr": 0.1}, {"lr": 0.2}]), linear_head()
+    first = fit(naive(model, plugin), tiny.train_stream[:1])
+    started: dict[str, Tensor] = {}
+    before = accumulators(first)
+    note = On(before_training_epoch=lambda s: started.update(accumulators(s)))
+    fit(naive(model, plugin, note), tiny.train_stream[1:2])
+    assert plugin.experiences_seen == 2
+    assert same(started, before)
+
+
+# help
+
+
+def test_help_explains_every_hyperparameter_and_its_default():
+    for of in (CLASSPPlugin, CLASSP, CLASSPOptimizer):
+        parameters = inspect.signature(of).parameters
+        text = inspect.getdoc(of)
+        for name, spec in SPECS.items():
+            own = of is CLASSPPlugin and name == "lr"
+            assert parameters[name].default == (None if own else spec.default)
+            assert f"    {name}: {'For every' if own else spec.doc[:12]}" in text
+        assert "{hyperparameters}" not in text
+        assert "hyperparameters" not in parameters
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="treshold"):
+        CLASSPPlugin(treshold=0.1)
+
+
+@pytest.mark.parametrize("make_model", [linear_head, growing_head])
+def test_a_history_of_gradients_goes_through_plugin_and_strategy(tiny, make_model):
+    for strategy in (
+        naive(make_model(), CLASSPPlugin(lr=0.05, history="gradients", rank=2)),
+        CLASSP(model=make_model(), history="gradients", rank=2, evaluator=None),
+    ):
+        fit(strategy, tiny.train_stream)
+        state = strategy.optimizer.state[strategy.model[0].weight]
+        assert kind_of(state) is KINDS["gradients"]
+        assert values(strategy.optimizer, "power") == [1.5]
 
 
 def test_an_experience_interrupted_before_it_began_costs_no_history(tiny):

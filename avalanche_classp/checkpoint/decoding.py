@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_classp.checkpoint.avalanche_internals import ParamData
-from avalanche_classp.checkpoint.encoding import (
+from avalanche_classp.checkpoint.encoding import classes_of, collect_initial_state
+from avalanche_classp.checkpoint.file import CheckpointError
+from avalanche_classp.checkpoint.initial_state import InitialState
+from avalanche_classp.checkpoint.kinds import (
     ATOMS,
     MAPPINGS,
     SEQUENCES,
     VALUES,
-    InitialState,
     class_name,
-    classes_of,
     is_named,
     key_path,
 )
-from avalanche_classp.checkpoint.file import CheckpointError
 
 __all__ = ["check", "check_classes", "decode", "decode_random_state"]
 
@@ -57,7 +57,7 @@ def decode(
     Raises:
         CheckpointError: the strategy is built differently. It may be changed in part.
     """
-    decoder = _Decoder(strategy, initial or InitialState(strategy), keep)
+    decoder = _Decoder(strategy, initial or collect_initial_state(strategy), keep)
     decoder.value(content["strategy"], strategy, "strategy")
     for module in strategy.model.modules():
         if isinstance(module, nn.RNNBase):

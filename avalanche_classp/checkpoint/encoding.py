@@ -13,269 +13,53 @@ import collections
 import contextlib
 import enum
 import functools
-import logging
-import operator
 import random
-import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sized
-from datetime import date, datetime, timedelta
-from decimal import Decimal
-from fractions import Fraction
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Iterator
 from typing import Any, NoReturn, cast
-from uuid import UUID
 
 import numpy as np
 import torch
-from avalanche.logging import BaseLogger
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.templates import BaseSGDTemplate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from avalanche_classp.checkpoint.avalanche_internals import (
-    OF_THE_EXPERIENCE,
-    REBUILT_PACKAGES,
-    ParamData,
-    holds_samples,
-)
+from avalanche_classp.checkpoint.avalanche_internals import ParamData, holds_samples
 from avalanche_classp.checkpoint.file import CheckpointError
+from avalanche_classp.checkpoint.initial_state import InitialState
+from avalanche_classp.checkpoint.kinds import (
+    ATOMS,
+    KEPT_FROM_SCRIPT,
+    LEFT_OUT,
+    MAPPINGS,
+    SEQUENCES,
+    VALUES,
+    NotSaved,
+    class_name,
+    has_state_dict,
+    is_numeric,
+    is_plain,
+    key_path,
+    same_code,
+)
 from avalanche_classp.checkpoint.settings import constructor_arguments
 
-__all__ = ["InitialState", "NotSaved", "encode", "encode_random_state"]
-
-
-class NotSaved:
-    """Base of objects that no checkpoint holds: the script's own stay as they are."""
-
-
-# --- kinds of values ------------------------------------------------------------------------------
-
-ATOMS = (type(None), bool, int, float, complex, str, bytes)
-
-_KEPT_FROM_SCRIPT = (
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.MethodDescriptorType,
-    types.MethodWrapperType,
-    types.WrapperDescriptorType,
-    types.ModuleType,
-    types.GenericAlias,
-    type,
-    operator.attrgetter,
-    operator.itemgetter,
-    operator.methodcaller,
-    np.ufunc,
-    torch.jit.ScriptFunction,
-    logging.Logger,
-    BaseLogger,
-)
-"""Code and outputs: those of the script go on."""
-
-BUILTIN_CLASSES: dict[str | None, type] = {
-    of.__name__: of for of in (*ATOMS, dict, frozenset, list, set, tuple)
-}
-"""Classes that need not be in the script to be found again."""
-
-SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
-    of.__name__: of for of in (list, tuple, set, frozenset, torch.Size)
-}
-MAPPINGS: dict[str, type[dict[Any, Any]]] = {
-    of.__name__: of
-    for of in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
-}
-VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], tuple[Any, ...]]]] = {
-    "range": (range, range, lambda v: (v.start, v.stop, v.step)),
-    "slice": (slice, slice, lambda v: (v.start, v.stop, v.step)),
-    "bytearray": (bytearray, bytearray, lambda v: (bytes(v),)),
-    "mappingproxy": (types.MappingProxyType, types.MappingProxyType, lambda v: (dict(v),)),
-    "timedelta": (timedelta, timedelta, lambda v: (v.days, v.seconds, v.microseconds)),
-    **{of.__name__: (of, of.fromisoformat, lambda v: (v.isoformat(),)) for of in (date, datetime)},
-    **{
-        of.__name__: (of, of, lambda v: (str(v),))
-        for of in (Decimal, Fraction, UUID, type(Path()), PurePosixPath, PureWindowsPath)
-    },
-}
-"""Values by the name of their class: the class, what makes them, and from which arguments."""
-
-INITIAL_STATES = "_initial_states_of_checkpoints"
-"""The attribute of a strategy with its initial state for each folder of checkpoints."""
-
-_SAVED_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-_LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
-    (nn.Module, {n for n in vars(nn.Module()) if n.startswith("_")} - _SAVED_OF_MODULES),  # hooks
-    (EvaluationPlugin, {"loggers"}),
-    (BaseSGDTemplate, OF_THE_EXPERIENCE | {"device", INITIAL_STATES}),
-)
+__all__ = ["collect_initial_state", "encode", "encode_random_state"]
 
 _LONGEST_SETTING = 100
 """Longer containers are data and no settings."""
 
 
-def class_name(of: type) -> str:
-    """Return the module and the qualified name."""
-    return f"{of.__module__}:{of.__qualname__}"
+def collect_initial_state(strategy: Any, stream: Any = None) -> InitialState:
+    """Return what the script has built, to be trained on a stream.
 
-
-def is_named(of: type, name: str) -> bool:
-    """Tell whether a class has this name; a script may have become a module since."""
-    package, _, qualified = name.partition(":")
-    in_package = of.__module__ == package or "__main__" in (of.__module__, package)
-    return in_package and of.__qualname__ == qualified
-
-
-def key_path(where: str, key: Any, i: int) -> str:
-    """Return the path of a mapping's value; the repr of an object says little, and changes."""
-    if type(key) in ATOMS:
-        return f"{where}[{key!r}]"
-    return f"{where}[{key}]" if isinstance(key, enum.Enum) else f"{where}[key {i}]"
-
-
-def has_state_dict(of: type) -> bool:
-    """Tell whether objects of a class are saved by ``state_dict()``."""
-    return hasattr(of, "state_dict") and hasattr(of, "load_state_dict")
-
-
-class _Plain:
-    pass
-
-
-def is_plain(of: type) -> bool:
-    """Tell whether objects of a class have no state but their attributes, as pickle does."""
-    slots = any(vars(base).get("__slots__") for base in of.__mro__)
-    size = of.__basicsize__ + of.__itemsize__
-    return bool(of.__dictoffset__) and not slots and size <= _Plain.__basicsize__
-
-
-def _is_numeric(value: Any) -> bool:
-    """Tell whether this is an array or a number of NumPy with a counterpart in torch."""
-    if type(value) is not np.ndarray and not isinstance(value, np.generic):
-        return False
-    extended = (np.dtype(np.longdouble), np.dtype(np.clongdouble))
-    return value.dtype.kind in "biufc" and value.dtype not in extended
-
-
-def same_code(a: Any, b: Any) -> bool:
-    """Tell whether two functions, possibly made in two places, do the same with the same."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if not isinstance(a, types.FunctionType):
-        return isinstance(a, types.MethodType | types.BuiltinFunctionType) and bool(a == b)
-    try:
-        held = [
-            [
-                *(cell.cell_contents for cell in f.__closure__ or ()),
-                *(f.__defaults__ or ()),
-                *(f.__kwdefaults__ or {}).values(),
-            ]
-            for f in (a, b)
-        ]
-        pairs = list(zip(*held, strict=True))
-    except ValueError:  # a variable that has no value yet, or other defaults
-        return False
-    names = ("co_code", "co_consts", "co_names", "co_varnames")
-    same = all(getattr(a.__code__, name) == getattr(b.__code__, name) for name in names)
-    return (
-        same
-        and a.__globals__ is b.__globals__
-        and all(x is y or (type(x) in ATOMS and type(x) is type(y) and x == y) for x, y in pairs)
-    )
-
-
-# --- what the script built ------------------------------------------------------------------------
-
-
-class InitialState(NotSaved):
-    """What a strategy held when the script had built it.
-
-    The same script builds the same again after a crash. So a checkpoint may refer to the objects
-    that are here, and a difference between two of these is a change of the script.
-
-    Attributes:
-        settings: numbers, strings and shapes of tensors by their path, each with whether it is an
-            argument of a constructor, a hyper-parameter or part of the model.
-        attributes: names of the attributes of each object by its path.
+    Raises:
+        CheckpointError: the strategy holds what no checkpoint can hold.
     """
-
-    def __init__(self, strategy: Any, stream: Any = None) -> None:
-        """Walk over a strategy that is to be trained on a stream.
-
-        Raises:
-            CheckpointError: it holds what no checkpoint can hold.
-        """
-        self.settings: dict[str, tuple[Any, bool]] = {}
-        self.attributes: dict[str, set[str]] = {}
-        self._objects: dict[str, Callable[[], Any]] = {}
-        self._types: dict[str, type] = {}
-        self._paths: dict[int, str] = {}
-        self._classes: dict[str, type | None] = {}
-        self._imported = frozenset(sys.modules)
-        self._layers = {type(module) for module in strategy.model.modules()}
-        if isinstance(stream, Sized):
-            self.settings["len(stream)"] = (len(stream), True)
-        _Encoder(self, collecting=True).value(strategy, "strategy")
-
-    def __reduce__(self) -> Any:
-        """Be None in pickles and copies, which would hold other objects."""
-        return type(None), ()
-
-    def add(self, value: Any, path: str) -> None:
-        """Note an object; it is kept alive only if it is code."""
-        weak = not isinstance(value, _KEPT_FROM_SCRIPT) and type(value).__weakrefoffset__
-        self._objects.setdefault(path, weakref.ref(value) if weak else lambda: value)
-        self._types.setdefault(path, type(value))
-        self._paths.setdefault(id(value), path)
-
-    def add_class(self, of: type) -> None:
-        """Note a class of values; two of one name cannot be told apart."""
-        name = class_name(of)
-        self._classes[name] = of if self._classes.get(name, of) is of else None
-
-    def at(self, path: str | None) -> Any:
-        """Return the object at a path, or None."""
-        if path in BUILTIN_CLASSES:
-            return BUILTIN_CLASSES[path]
-        return None if path not in self._objects else self._objects[path]()
-
-    def type_at(self, path: str) -> type | None:
-        """Return the class of the object that was at a path."""
-        return self._types.get(path)
-
-    def path_of(self, value: Any) -> str | None:
-        """Return the path at which the script has this object, or None."""
-        if isinstance(value, type) and BUILTIN_CLASSES.get(value.__name__) is value:
-            return value.__name__
-        path = self._paths.get(id(value))
-        return path if self.at(path) is value else None
-
-    def find_class(self, name: str) -> type | None:
-        """Return the class of this name that the script uses or has imported; import nothing."""
-        if name in self._classes:
-            return self._classes[name]
-        for of in self._classes.values():
-            if of is not None and is_named(of, name):  # __main__ then, a module now
-                return of
-        package, _, qualified = name.partition(":")
-        found: Any = sys.modules.get(package) if package in self._imported else None
-        for part in qualified.split("."):
-            found = vars(found).get(part) if isinstance(found, types.ModuleType | type) else None
-        return found if isinstance(found, type) else None
-
-    def can_rebuild(self, of: type) -> bool:
-        """Tell whether objects of this class can be made without calling their constructor."""
-        if of is ParamData or of in self._layers:
-            return True
-        in_package = of.__module__.startswith(REBUILT_PACKAGES)
-        return in_package and is_plain(of) and self.find_class(class_name(of)) is of
-
-
-# --- encode ---------------------------------------------------------------------------------------
+    initial = InitialState(strategy, stream)
+    _Encoder(initial, collecting=True).value(strategy, "strategy")
+    return initial
 
 
 def encode(strategy: Any, initial: InitialState | None = None) -> dict[str, Any]:
@@ -289,7 +73,7 @@ def encode(strategy: Any, initial: InitialState | None = None) -> dict[str, Any]
         CheckpointError: the script could not load something; the message says what, where it is
             and what to do.
     """
-    initial = initial or InitialState(strategy)
+    initial = initial or collect_initial_state(strategy)
     classes = {what: [class_name(of) for of in found] for what, found in classes_of(strategy)}
     return {"classes": classes, "strategy": _Encoder(initial).value(strategy, "strategy")}
 
@@ -367,7 +151,7 @@ class _Encoder:
             return {"kind": "device", "name": str(value), "path": path}
         if isinstance(value, np.dtype) and value.kind in "biufc":
             return {"kind": "numpy dtype", "name": value.str}
-        if _is_numeric(value):
+        if is_numeric(value):
             kind = "array" if of is np.ndarray else "number"
             return {"kind": kind, "data": torch.from_numpy(np.array(value))}
         if of is weakref.ref:
@@ -381,7 +165,7 @@ class _Encoder:
             return {"kind": "method", "name": name, "self": owner}
         if isinstance(value, NotSaved):
             return {"kind": "not saved"}
-        if isinstance(value, _KEPT_FROM_SCRIPT):
+        if isinstance(value, KEPT_FROM_SCRIPT):
             return self._code(value, where, twin)
         return self._object(value, where, twin)
 
@@ -391,7 +175,7 @@ class _Encoder:
             # In its order: sums over it depend on that. Code has its name for a path, for the
             # order of a set of objects is another one in each process.
             paths = [
-                f"{where}[{_code_name(v) if isinstance(v, _KEPT_FROM_SCRIPT) else i}]"
+                f"{where}[{_code_name(v) if isinstance(v, KEPT_FROM_SCRIPT) else i}]"
                 for i, v in enumerate(value)
             ]
             if len(set(paths)) < len(paths):
@@ -500,7 +284,7 @@ class _Encoder:
                 f"is a {of.__module__}.{of.__qualname__}, which a checkpoint "
                 f"cannot hold; {_DO_WITHOUT}",
             )
-        left_out = {name for base, names in _LEFT_OUT if issubclass(of, base) for name in names}
+        left_out = {name for base, names in LEFT_OUT if issubclass(of, base) for name in names}
         arguments = constructor_arguments(of)
         was_argument = self._argument
         attributes = {}

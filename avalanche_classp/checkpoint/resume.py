@@ -26,9 +26,7 @@ from avalanche_classp.checkpoint.decoding import (
     decode_random_state,
 )
 from avalanche_classp.checkpoint.encoding import (
-    INITIAL_STATES,
-    InitialState,
-    NotSaved,
+    collect_initial_state,
     encode,
     encode_random_state,
 )
@@ -40,6 +38,7 @@ from avalanche_classp.checkpoint.file import (
     verified,
     write_file,
 )
+from avalanche_classp.checkpoint.kinds import INITIAL_STATES, NotSaved
 from avalanche_classp.checkpoint.settings import Differences
 from avalanche_classp.plugin import CLASSPPlugin
 
@@ -196,7 +195,7 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         known = vars(strategy).setdefault(INITIAL_STATES, {})
         self.initial = known.get(self.folder.resolve())
         if content is None or self.initial is None:
-            self.initial = known[self.folder.resolve()] = InitialState(strategy, stream)
+            self.initial = known[self.folder.resolve()] = collect_initial_state(strategy, stream)
         self.settings = {path: value for path, (value, _) in self.initial.settings.items()}
         if content is None:
             buffer = io.BytesIO()

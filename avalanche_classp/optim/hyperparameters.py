@@ -27,7 +27,7 @@ __all__ = [
     "validated_factor",
 ]
 
-HISTORIES = ("weights", "gradients")
+HISTORIES = ("weights", "gradients", "inputs")
 """The kinds of history: what :data:`history` may be."""
 
 Check = Callable[[str, Any], None]
@@ -122,7 +122,7 @@ class Hyperparameters(TypedDict, total=False):
             "Step length, >= 0 (α in the paper). A one-element tensor works too.",
             _learning_rate,
             1e-3,
-            {"gradients": 0.02},
+            {"gradients": 0.02, "inputs": 0.1},
             phase=True,
         ),
     ]
@@ -140,10 +140,10 @@ class Hyperparameters(TypedDict, total=False):
         float | None,
         Spec(
             "Stands inside the root and is added to every accumulator, >= 0 (ε in the paper); > 0 "
-            'with ``history="gradients"``.',
+            "with a history of directions.",
             _nonnegative,
             1e-8,
-            {"gradients": 0.02},
+            {"gradients": 0.02, "inputs": 30.0},
             phase=True,
         ),
     ]
@@ -153,6 +153,7 @@ class Hyperparameters(TypedDict, total=False):
             "Exponent of the accumulated gradients, > 0 (p in the paper).",
             _positive,
             1.5,
+            {"inputs": 1.0},
             phase=True,
         ),
     ]
@@ -170,18 +171,18 @@ class Hyperparameters(TypedDict, total=False):
             "own.",
             _one_of(*HISTORIES),
             "weights",
-            {"gradients": "gradients"},
+            {"gradients": "gradients", "inputs": "inputs"},
         ),
     ]
     rank: Annotated[
         int | None,
         Spec(
-            'With ``history="gradients"``: columns of the sketch, >= 1. The state is at most rank '
+            "With a history of directions: how many are told apart, >= 1. The state is about rank "
             "numbers for each input of a layer.",
             _count,
             None,
-            {"gradients": 128},
-            only=("gradients",),
+            {"gradients": 128, "inputs": 128},
+            only=("gradients", "inputs"),
         ),
     ]
     both_sides: Annotated[

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from avalanche_classp.optim import state_dict as saved
-from avalanche_classp.optim.accumulators import Accumulator, Update, kind_for, kind_of
+from avalanche_classp.optim.accumulators import KINDS, Accumulator, Update, kind_for, kind_of
 from avalanche_classp.optim.accumulators.base import DTYPES, has_values
+from avalanche_classp.optim.accumulators.inputs import observe_
 from avalanche_classp.optim.backends import find_nonfinite
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
@@ -28,6 +29,7 @@ from avalanche_classp.optim.hyperparameters import (
 )
 from avalanche_classp.optim.rule import rule_of
 from avalanche_classp.optim.sharding import bad_anywhere, local_gradient
+from avalanche_classp.optim.watch import Watcher, WatchReport, find_layers
 
 __all__ = ["CLASSPOptimizer", "NonFiniteGradientError"]
 
@@ -150,6 +152,10 @@ class CLASSPOptimizer(Optimizer):
         E. Hazan, Y. Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
         Optimization", JMLR 12, 2011.
     """
+
+    _biases: dict[Tensor, Tensor | None] = {}  # noqa: RUF012 -- replaced, never changed
+    """Watched weights, each with the bias that moves with it."""
+    _watchers: list[Watcher] = []  # noqa: RUF012 -- likewise
 
     def __init__(
         self,
@@ -301,12 +307,84 @@ class CLASSPOptimizer(Optimizer):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             self._require_finite(entries)
             updates: dict[tuple[int, Accumulator], list[Update]] = {}
+            with_weight = {id(self._biases.get(entry.param)) for entry in entries}
             for entry in entries:
-                update = Update(entry.param, entry.grad, self._state_of(entry))
+                if id(entry.param) in with_weight:
+                    continue
+                bias = self._biases.get(entry.param)
+                update = Update(entry.param, entry.grad, self._state_of(entry), bias)
                 updates.setdefault((entry.group_index, entry.kind), []).append(update)
             for (group_index, kind), some in updates.items():
                 group = self.param_groups[group_index]
-                kind.update_(some, rule_of(group), group)
+                rule = rule_of(group)
+                if group["history"] == "inputs" and kind.key == "accumulator":
+                    # lr is SGD's rate where nothing is remembered, here as in the layers.
+                    rule = rule._replace(lr=rule.lr * rule.epsilon ** (1 / rule.power))
+                kind.update_(some, rule, group)
+
+    def watch(self, model: torch.nn.Module) -> WatchReport:
+        """See the inputs of a model's layers from now on; ``history="inputs"`` needs it.
+
+        Forward hooks look in training mode with gradients only. Linear layers, convolutions and the
+        joint projection of attention are seen; all other parameters keep a history of weights.
+        Call it again when a layer was replaced, such as a head that grows: histories stay with
+        their parameters. A copy of the model is not watched, and a copy of the optimizer watches
+        none.
+
+        Args:
+            model: a model over parameters of this optimizer. With DistributedDataParallel give the
+                wrapped one, so that all processes accumulate the same.
+
+        Returns:
+            Which parameters are covered.
+
+        Raises:
+            ValueError: no group has ``history="inputs"``, or none of its parameters is the model's.
+        """
+        groups = {
+            id(p): group
+            for group in self.param_groups
+            if group["history"] == "inputs"
+            for p in group["params"]
+        }
+        if not groups:
+            raise ValueError("watch needs a group with history='inputs'; this optimizer has none")
+        names = {id(p): name for name, p in model.named_parameters()}
+        if not groups.keys() & names.keys():
+            raise ValueError("watch needs the model that this optimizer trains; it has none of it")
+        for watcher in self._watchers:
+            watcher.remove()
+        covered: set[int] = set()
+        self._biases, self._watchers = {}, []
+        for layer in find_layers(model):
+            group = groups.get(id(layer.weight))
+            if group is None:
+                continue
+            bias = layer.bias
+            together = bias is not None and groups.get(id(bias)) is group
+            self._biases[layer.weight] = bias if together else None
+            covered |= {id(layer.weight), *([id(bias)] if together else [])}
+            self._watchers.append(Watcher(layer, model, self._observe))
+        report = WatchReport()
+        for key, name in names.items():
+            if key in covered:
+                report.covered.append(name)
+            elif key in groups:
+                report.others[name] = "no layer whose inputs can be seen multiplies with it"
+        return report
+
+    def _observe(self, weight: Tensor, inputs: list[Tensor], reduce: Any) -> None:
+        """Accumulate what a layer was given."""
+        group = next(g for g in self.param_groups if any(p is weight for p in g["params"]))
+        state, kind, bias = self.state[weight], KINDS["inputs"], self._biases[weight]
+        if kind.key not in state:
+            state.update(kind.new(weight, group, bias))
+        kind.fit_(state, weight, group)
+        for rows in inputs:
+            rows = rows.to(state["basis"])
+            if state["constant"]:
+                rows = torch.nn.functional.pad(rows, (1, 0), value=1.0)
+            observe_(state, rows, reduce)
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:
@@ -343,9 +421,19 @@ class CLASSPOptimizer(Optimizer):
         """Return a parameter's state, on the device where ``model.to()`` put the parameter."""
         state, group = self.state[entry.param], self.param_groups[entry.group_index]
         if entry.kind.key not in state:
-            state.update(entry.kind.new(entry.param, group))
+            state.update(entry.kind.new(entry.param, group, self._biases.get(entry.param)))
         entry.kind.fit_(state, entry.param, group)
         return state
+
+    def _kind_of(self, p: Tensor, history: str) -> Accumulator:
+        if history != "inputs":
+            return kind_for(p, history)
+        if not self._watchers:
+            raise RuntimeError(
+                "history='inputs' needs to see the inputs of the layers; call "
+                "optimizer.watch(model) before the first forward pass"
+            )
+        return KINDS["inputs" if p in self._biases else "weights"]
 
     def _entries(self) -> list[_Entry]:
         """Return the parameters that have gradients, each gradient brought here once.
@@ -360,7 +448,7 @@ class CLASSPOptimizer(Optimizer):
                 if p.grad is None:
                     continue
                 where = f"parameter {index} of group {group_index}"
-                kind = kind_for(p, group["history"])
+                kind = self._kind_of(p, group["history"])
                 if p.grad.layout not in (torch.strided, torch.sparse_coo):
                     raise RuntimeError(
                         f"CLASSPOptimizer takes dense and sparse COO gradients; {where} has one of "

@@ -60,8 +60,8 @@ from avalanche_classp import (
     classp_metrics,
     in_memory,
 )
-from avalanche_classp.checkpoint.encoding import NotSaved
 from avalanche_classp.checkpoint.file import VERSION
+from avalanche_classp.checkpoint.kinds import NotSaved
 
 EPOCHS = 3
 

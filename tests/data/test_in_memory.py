@@ -854,7 +854,7 @@ def test_a_vouched_target_transform_is_applied_once(root, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "draw", [torch.rand, lambda n: np.random.rand(), lambda n: random.random()]
+    "draw", [torch.rand, lambda _: np.random.rand(), lambda _: random.random()]
 )
 def test_a_vouched_transform_that_draws_is_refused(draw, root):
     with pytest.raises(ValueError, match=r"draws random numbers.*deterministic"):

@@ -196,6 +196,20 @@ def test_weights_below_the_threshold_keep_every_bit(path, power, dtype):
     assert not torch.equal(a, before[2])
 
 
+@parametrize("path", ["loop", "blocks", "foreach", "kernel", "compiled"], indirect=True)
+@parametrize("power", [0.5, 1.5, 3.0])
+def test_powers_with_a_short_way_differ_from_the_formula_by_rounding_alone(path, power):
+    sizes = 10.0 ** torch.linspace(-28, 4, 4001, dtype=torch.float64)
+    g = (sizes * (-1) ** torch.arange(4001)).float()
+    p, a = torch.zeros(4001), torch.zeros(4001)
+    take(path, [(p, g, a)], PLAIN._replace(threshold=0.0, power=power, epsilon=1e-8))
+    A = g.double().abs() ** power
+    moved = -PLAIN.lr * g.double() / (1e-8 + A) ** (1 / power)
+    # Eight times what one operation may be off; and what float32 holds with fewer digits.
+    assert_close(a.double(), A, rtol=8 * 2**-23, atol=1e-44)
+    assert_close(p.double(), moved, rtol=8 * 2**-23, atol=1e-44)
+
+
 @parametrize("rule", [r for r in RULES if r.skip_nonfinite])
 def test_path_skips_what_the_loop_skips(path, rule):
     triples = [a_triple((200,)), a_triple((3,))]

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -247,8 +248,10 @@ def partial_gradient(mesh, rank):
     p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
     optimizer = CLASSPOptimizer([p], lr=0.1, epsilon=1.0, power=1.0)
     p.grad = DTensor.from_local(torch.full((4,), 0.5 + rank), mesh, [Partial()])
-    optimizer.step()
-    return p.to_local().detach().tolist()
+    with CommDebugMode() as exchanged:
+        optimizer.step()
+    sums = exchanged.get_comm_counts()[torch.ops.c10d_functional.all_reduce]
+    return p.to_local().detach().tolist(), sums
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +293,10 @@ def test_hybrid_sharding_equals_one_process(sharded_results):
 
 def test_a_gradient_that_is_not_summed_yet_is_summed_before_the_rule(sharded_results):
     expected = 1 - 0.1 * 2.0 / (1.0 + 2.0)  # g = 0.5 + 1.5
-    assert [found["partial"] for found in sharded_results] == [[pytest.approx(expected)] * 4] * 2
+    for found in sharded_results:
+        weights, sums = found["partial"]
+        assert weights == [pytest.approx(expected)] * 4
+        assert sums == 1  # for the check and the rule together
 
 
 # --- torch.distributed.checkpoint -----------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avalanche_classp.optim.accumulators.base import Accumulator, Update
 from avalanche_classp.optim.accumulators.gradients import GradientsAccumulator
+from avalanche_classp.optim.accumulators.inputs import InputsAccumulator
 from avalanche_classp.optim.accumulators.weights import WeightsAccumulator
 
 __all__ = ["KINDS", "Accumulator", "Update", "diagonal", "has_history", "kind_for", "kind_of"]
@@ -21,6 +22,7 @@ __all__ = ["KINDS", "Accumulator", "Update", "diagonal", "has_history", "kind_fo
 KINDS: dict[str, Accumulator] = {
     "weights": WeightsAccumulator(),
     "gradients": GradientsAccumulator(),
+    "inputs": InputsAccumulator(),
 }
 """The kinds by the name of their history."""
 

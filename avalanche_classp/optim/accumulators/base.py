@@ -28,11 +28,13 @@ class Update(NamedTuple):
         param: the parameter.
         grad: its gradient; of a DTensor this process's part, summed over the processes.
         state: its state, with a history of the kind.
+        bias: of a weight whose inputs are watched, the bias that moves with it.
     """
 
     param: Tensor
     grad: Tensor
     state: State
+    bias: Tensor | None = None
 
 
 class Accumulator(ABC):
@@ -54,8 +56,8 @@ class Accumulator(ABC):
         return None
 
     @abstractmethod
-    def new(self, param: Tensor, group: Mapping[str, Any]) -> State:
-        """Return the state of a parameter without history."""
+    def new(self, param: Tensor, group: Mapping[str, Any], bias: Tensor | None = None) -> State:
+        """Return the state of a parameter without history; see :class:`Update` for the bias."""
 
     @abstractmethod
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:

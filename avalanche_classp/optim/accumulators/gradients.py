@@ -204,13 +204,13 @@ class GradientsAccumulator(Accumulator):
         sparse = param.grad is not None and param.grad.is_sparse
         return "one with a sparse gradient" if sparse else None
 
-    def new(self, param: Tensor, group: Mapping[str, Any]) -> State:
+    def new(self, param: Tensor, group: Mapping[str, Any], bias: Tensor | None = None) -> State:
         """Return an empty sketch."""
         return new_sketch(param, group["rank"], group["both_sides"])
 
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Apply :func:`matrix_update_` to each."""
-        for param, grad, state in updates:
+        for param, grad, state, _ in updates:
             matrix_update_(param, grad, state, rule)
 
     def fit_(self, state: State, param: Tensor, group: Mapping[str, Any]) -> None:

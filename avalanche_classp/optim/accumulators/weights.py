@@ -27,7 +27,7 @@ class WeightsAccumulator(Accumulator):
 
     key = "accumulator"
 
-    def new(self, param: Tensor, group: Mapping[str, Any]) -> State:
+    def new(self, param: Tensor, group: Mapping[str, Any], bias: Tensor | None = None) -> State:
         """Return zeros."""
         zeros = torch.zeros_like(
             param, dtype=accumulator_dtype(param), memory_format=torch.preserve_format
@@ -37,7 +37,7 @@ class WeightsAccumulator(Accumulator):
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Apply the rule; sparse gradients touch the entries that they name."""
         dense = []
-        for param, grad, state in updates:
+        for param, grad, state, _ in updates:
             weights, accumulator = local(param), local(state["accumulator"])
             if grad.is_sparse:
                 sparse_update_(weights, grad, accumulator, rule)

@@ -68,7 +68,12 @@ def compilable_update_(
         if rule.limit is not None:
             chosen &= g.abs() <= rule.limit
         u = torch.where(chosen, g, 0.0)
-        a.add_(u * u if rule.power == 2 else u.abs() ** rule.power)
+        if rule.power == 2:
+            a.add_(u * u)
+        elif rule.power == 1.5:
+            a.add_(u.abs() * u.abs().sqrt())
+        else:
+            a.add_(u.abs() ** rule.power)
         if rule.apply_decay:
             base = a + rule.epsilon
             u = u * base.rsqrt() if rule.power == 2 else u / base ** (1 / rule.power)

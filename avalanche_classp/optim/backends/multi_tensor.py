@@ -41,7 +41,10 @@ def _update_(
         torch._foreach_addcmul_(accumulators, grads, grads)
     else:
         sizes = torch._foreach_abs(grads)
-        if rule.power != 1:
+        if rule.power == 1.5:
+            torch._foreach_sqrt_(sizes)
+            torch._foreach_pow_(sizes, 3)
+        elif rule.power != 1:
             torch._foreach_pow_(sizes, rule.power)
         torch._foreach_add_(accumulators, sizes)
     if not rule.apply_decay:
