@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from avalanche_classp.optim.accumulators import kind_for, kind_of
+from avalanche_classp.optim.accumulators import KINDS, kind_for, kind_of
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
 
 __all__ = ["CarryReport", "carry_accumulators"]
@@ -88,10 +88,8 @@ def carry_accumulators(
     for name, optimizer in (("old_optimizer", old_optimizer), ("new_optimizer", new_optimizer)):
         if not isinstance(optimizer, CLASSPOptimizer):
             raise TypeError(f"{name} must be a CLASSPOptimizer, got {type(optimizer).__name__}")
-    kinds = {
-        p: kind_for(p, group["history"])
-        for group in new_optimizer.param_groups
-        for p in group["params"]
+    histories = {
+        p: group["history"] for group in new_optimizer.param_groups for p in group["params"]
     }
     old_parameters = _by_name("old_named", old_named)
     if old_optimizer.state and not any(p in old_optimizer.state for p in old_parameters.values()):
@@ -100,7 +98,7 @@ def carry_accumulators(
             "named_parameters() of the model that it has trained"
         )
     parameters = _by_name("new_named", new_named)
-    if strangers := [name for name, p in parameters.items() if p not in kinds]:
+    if strangers := [name for name, p in parameters.items() if p not in histories]:
         raise ValueError(f"new_named holds {strangers[0]!r}, which is not in new_optimizer")
     report = CarryReport()
     for name, old_param in old_parameters.items():
@@ -112,7 +110,11 @@ def carry_accumulators(
         if param is None:
             report.dropped[name] = "the new model has no such parameter"
             continue
-        if kind is not kinds[param]:
+        # What watch(model) does not find keeps a history of weights.
+        wanted = {kind_for(param, histories[param])}
+        if histories[param] == "inputs":
+            wanted.add(KINDS["weights"])
+        if kind not in wanted:
             report.dropped[name] = "new_optimizer has another kind of history for it"
             continue
         shapes = tuple(old_param.shape), tuple(param.shape)

@@ -580,6 +580,24 @@ def test_a_history_of_another_kind_is_refused_and_not_carried():
     assert torch.equal(w.detach(), torch.zeros(3, 2))
 
 
+@parametrize("history", ["weights", "gradients", "inputs"])
+def test_what_keeps_a_history_of_weights_is_carried_with_the_others(history):
+    models = [nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)) for _ in range(2)]
+    old, new = (CLASSPOptimizer(m.parameters(), history=history) for m in models)
+    for model, optimizer in zip(models, (old, new), strict=True):
+        if history == "inputs":
+            optimizer.watch(model)
+    for optimizer, model in ((old, models[0]), (new, models[1])):
+        model(torch.ones(2, 4)).square().sum().backward()
+        if optimizer is old:
+            old.step()
+    report = carry_accumulators(
+        old, models[0].named_parameters(), new, models[1].named_parameters()
+    )
+    assert not report.dropped and {"0.weight", "1.weight", "1.bias"} <= set(report.carried)
+    new.step()
+
+
 def test_a_step_refuses_what_has_no_matrix_and_changes_nothing():
     w = nn.Parameter(torch.ones(2, 2))
     optimizer = CLASSPOptimizer([w], history="gradients", rank=2)
