@@ -175,8 +175,9 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
     own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "paper_phases"}
     phases = PAPER_PHASES if hyper.get("paper_phases") else None
-    history = "gradients" if "rank" in own else "weights"
-    return CLASSP(model=model, phases=phases, history=history, **own, **common)
+    history = "gradients" if "both_sides" in own else "inputs" if "rank" in own else "weights"
+    # fused=False: no result depends on whether a kernel lies ready.
+    return CLASSP(model=model, phases=phases, history=history, fused=False, **own, **common)
 
 
 def _closed_form(head: Callable[[Hyper], Any]) -> Build:
@@ -315,6 +316,14 @@ def _matrix_space(trial: BaseTrial) -> dict[str, Any]:
     return {**rule, "both_sides": _flag(trial, "both_sides")}
 
 
+def _inputs_space(trial: BaseTrial) -> dict[str, Any]:
+    return {
+        "lr": _log(trial, "lr", 0.01, 1.0),  # SGD's rate in directions that are free
+        "epsilon": _log(trial, "epsilon", 1.0, 3000.0),
+        "power": trial.suggest_float("power", 0.7, 1.5),
+    }
+
+
 def _consolidated_space(trial: BaseTrial) -> dict[str, Any]:
     rule = _matrix_rule(trial, free_rate=(0.1, 3.0), epsilon=(1e-2, 5.0), power=(1.0, 2.5))
     return {**rule, "consolidation": _log(trial, "consolidation", 1.0, 100.0)}
@@ -438,6 +447,13 @@ METHODS = {
         build=_classp,
         space=_matrix_space,
         style=Style("#e8a400", "*"),
+    ),
+    "classp-inputs": Method(
+        description="CLASSP with a history of inputs, an extension: what layers were given counts",
+        defaults={"lr": 0.1, "threshold": 0.0, "epsilon": 30.0, "power": 1.0, "rank": 128},
+        build=_classp,
+        space=_inputs_space,
+        style=Style("#009e73", "*"),
     ),
     "classp-consolidated": Method(
         description="classp-matrix whose accumulators are multiplied when an experience begins, an "
