@@ -28,7 +28,7 @@ from avalanche_classp.optim.hyperparameters import (
     validated_factor,
 )
 from avalanche_classp.optim.rule import rule_of
-from avalanche_classp.optim.sharding import bad_anywhere, local_gradient
+from avalanche_classp.optim.sharding import bad_anywhere, is_dtensor, local_gradient
 from avalanche_classp.optim.watch import Watcher, WatchReport, find_layers
 
 __all__ = ["CLASSPOptimizer", "NonFiniteGradientError"]
@@ -496,6 +496,9 @@ class CLASSPOptimizer(Optimizer):
             ],
             [group["fused"] for group in groups],
         )
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not found and not any(map(is_dtensor, params)):
+            return
         # As many in each process: a parameter without a gradient here may have one elsewhere.
         places = {
             (g, i): place
@@ -505,7 +508,6 @@ class CLASSPOptimizer(Optimizer):
                 for i in range(len(group["params"]))
             )
         }
-        params = [p for group in self.param_groups for p in group["params"]]
         bad = [places[checked[i].group_index, checked[i].place] for i in found]
         if any(group["nonfinite"] == "raise" for group in self.param_groups):
             bad = bad_anywhere(bad, params)

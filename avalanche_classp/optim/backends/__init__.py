@@ -6,7 +6,8 @@
 * ``compiled``: one pass over memory on a GPU, by ``torch.compile``.
 * ``cpu_kernel``: one pass over memory on a CPU, by a kernel in C++. ``torch.compile`` is no
   substitute there: it needs the same C++ compiler, in every process, and its step takes 1.3 to 2
-  times as long with the powers 1 and 2, 9 times with 1.5 (0.27 and 1.8 M parameters, one thread).
+  times as long with the powers 1 and 2, 5 to 10 times with 1.5 (0.27 and 1.8 M parameters, one
+  thread).
 
 Gradients are checked before anything changes. To book what is not finite while the step runs, and
 to undo it, would need a copy of weights and accumulators: twice the writing, to save one reading.
