@@ -7,7 +7,8 @@
 released code does not apply (any threshold below 1 lets every gradient through there). Applied, it
 stops all learning here, so it is 0. The author measures on training data with dropout on; here it
 is test data in eval mode. Without --samples all of both datasets are used, which takes a quarter of
-an hour or more. Datasets are downloaded unless they are there (--data-root, default ~/.avalanche/data).
+an hour or more. Datasets are downloaded unless they are there (--data-root, by default
+~/.avalanche/data).
 Last lines with --samples 1000:
 
     MNIST 85.6 %, Fashion-MNIST  8.0 % after MNIST

@@ -26,7 +26,7 @@ def accuracy_after_five_tasks(make_optimizer):
         *(nn.Linear(256, 256), nn.ReLU()),
         nn.Linear(256, 10),
     )
-    optimizer = make_optimizer(model.parameters())
+    optimizer = make_optimizer(model)
     for task in range(5):
         of_this_task = torch.nonzero(labels[train] // 2 == task).squeeze(1)
         for _epoch in range(3):
@@ -39,12 +39,14 @@ def accuracy_after_five_tasks(make_optimizer):
     return 100 * correct.float().mean().item()
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1)
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def classp(parameters):
-    return CLASSPOptimizer(parameters, history="gradients", lr=0.04)
+def classp(model):
+    optimizer = CLASSPOptimizer(model.parameters(), history="inputs")
+    optimizer.watch(model)  # this history sees the inputs of the model's layers
+    return optimizer
 
 
 print(f"SGD     {accuracy_after_five_tasks(sgd):.1f} %")

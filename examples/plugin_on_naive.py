@@ -6,7 +6,7 @@ The plugin replaces the strategy's optimizer by a CLASSPOptimizer with the same 
 Accuracy on all ten digits after five experiences of two. Last lines:
 
     Naive               17.9 %
-    Naive with CLASSP   83.2 %
+    Naive with CLASSP   83.8 %
 """
 
 import torch
@@ -50,6 +50,6 @@ def accuracy(lr, plugins):
     return 100 * metrics["Top1_Acc_Stream/eval_phase/test_stream/Task000"]
 
 
-classp = CLASSPPlugin(history="gradients", lr=0.04)
+classp = CLASSPPlugin(history="inputs", lr=0.1)
 print(f"Naive               {accuracy(0.1, []):.1f} %")
 print(f"Naive with CLASSP   {accuracy(0.1, [classp]):.1f} %")

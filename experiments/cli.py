@@ -668,7 +668,9 @@ def parse(words: Sequence[str]) -> tuple[Command, list[str]]:
     path = getattr(command, "config", None)
     if path is None:
         return command, list(words)
-    whole = [words[0], *read_words(path, type(command)), *without_config(words[1:])]
+    from_file = read_words(path, type(command))
+    _parse([words[0], *from_file])  # what is typed may hide something wrong
+    whole = [words[0], *from_file, *without_config(words[1:])]
     return _parse(whole), whole
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from avalanche.models import SimpleMLP
 from torch.utils.data import TensorDataset
 
 from avalanche_classp import CLASSP
+from experiments.cli import parse
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -124,3 +126,32 @@ for history in ("weights", "gradients"):
     CLASSPOptimizer([w], history=history).step()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page.parent.name}-{page.stem}-{number}")
+    for page in [*PAGES, *sorted((ROOT / "experiments" / "results").glob("**/README.md"))]
+    for number, command in enumerate(
+        re.findall(
+            r"`python -m experiments ([a-z][^`]*)`",
+            page.read_text(encoding="utf-8"),
+        )
+        + re.findall(
+            r"^    (?:.* && )?python -m experiments ([a-z].*)$",
+            page.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_the_docs_are_understood(command):
+    places = {"$ALL": "naive classp", "$FIVE": "naive", "$HALF": "half", "SCENARIO": "class"}
+    for name, value in places.items():
+        command = command.replace(name, value)
+    command = re.sub(r"=(RANK|FACTOR)\b", "=2", command.replace("EPOCHS", "1"))
+    words = shlex.split(command)
+    if "--config" in words:  # the file is not there
+        del words[words.index("--config") : words.index("--config") + 2]
+    parse([word for word in words if word != "..."])

@@ -18,7 +18,6 @@ MAY_IMPORT = {
     "avalanche_classp.checkpoint": ["avalanche_classp.optim", "avalanche_classp.*"],
     "avalanche_classp": ["avalanche_classp"],
     "experiments.errors": [],
-    "experiments.arguments": ["experiments.errors", "experiments.protocol"],
     "experiments.protocol": ["avalanche_classp", "experiments.errors"],
     "experiments.running": ["avalanche_classp", "experiments.errors", "experiments.protocol"],
     "experiments.reporting": [
@@ -30,7 +29,7 @@ MAY_IMPORT = {
         *("experiments.protocol", "experiments.running", "experiments.reporting"),
     ],
     "experiments.speed": [
-        *("avalanche_classp", "experiments.errors", "experiments.arguments"),
+        *("avalanche_classp", "experiments.errors"),
         *("experiments.protocol", "experiments.running"),
     ],
     "experiments": ["avalanche_classp", "experiments"],
@@ -97,6 +96,8 @@ def room_of(module):
     top, *inner = module.split(".")
     if top not in ("avalanche_classp", "experiments"):
         return None
+    if inner[-1:] == ["__main__"]:  # the command line of a room lies under the roof
+        return top
     room = f"{top}.{inner[0]}" if inner else top
     if room in MAY_IMPORT:
         return room

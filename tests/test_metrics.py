@@ -42,7 +42,7 @@ from avalanche_classp import (
     CSVValueLogger,
     classp_metrics,
 )
-from avalanche_classp.metrics import effective_rate
+from avalanche_classp.metrics import _places, effective_rate
 from avalanche_classp.optim.rule import Rule
 
 END = "/train_phase/train_stream"
@@ -274,6 +274,154 @@ def test_frozen_layers_are_not_counted_as_updated(tiny):
     for at in ("MB", "Epoch"):
         assert last[f"CLASSP_Updated_{at}{END}/0.weight"] == 0
         assert last[f"CLASSP_Updated_{at}{END}/2.weight"] > 0
+
+
+class Accumulating(CLASSP):
+    """Steps in each fourth iteration."""
+
+    def optimizer_step(self) -> None:
+        if (self.clock.train_iterations + 1) % 4 == 0:
+            super().optimizer_step()
+
+
+class TwoSteps(CLASSP):
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        super().optimizer_step()
+
+
+class ZeroesAtOnce(CLASSP):
+    def optimizer_step(self) -> None:
+        super().optimizer_step()
+        self.optimizer.zero_grad()
+
+
+class Scaled(CLASSP):
+    """Has a GradScaler that skips the second step."""
+
+    def backward(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu")
+        self.scaler.scale(self.loss).backward()
+        if self.clock.train_iterations == 1:
+            self.model[0].weight.grad[0, 0] = math.inf
+
+    def optimizer_step(self) -> None:
+        self.scaler.step(self.optimizer)
+
+
+class Clipped(CLASSP):
+    """Makes all gradients too small for the threshold."""
+
+    def optimizer_step(self) -> None:
+        for p in self.model.parameters():
+            p.grad *= 1e-9
+        super().optimizer_step()
+
+
+@pytest.mark.parametrize(
+    ("strategy_class", "kwargs"),
+    [
+        (Accumulating, {}),
+        (Scaled, {}),
+        (TwoSteps, {}),
+        (ZeroesAtOnce, {}),
+        (Clipped, {}),
+        (CLASSP, {}),
+        (CLASSP, {"lr": 0.0}),
+        (CLASSP, {"history": "gradients", "rank": 2}),
+        (CLASSP, {"apply_decay": False}),
+        (CLASSP, {"eval_every": 1, "peval_mode": "iteration"}),
+    ],
+)
+def test_the_share_of_an_iteration_is_what_it_moved(tiny, strategy_class, kwargs):
+    before: list[torch.Tensor] = []
+    moved: list[float] = []
+
+    def flat(strategy: Any) -> torch.Tensor:
+        return nn.utils.parameters_to_vector(strategy.model.parameters()).detach()
+
+    watch = On(
+        before_forward=lambda s: before.append(flat(s)),
+        after_training_iteration=lambda s: moved.append(
+            (flat(s) != before[-1]).double().mean().item()
+        ),
+    )
+    metrics = EvaluationPlugin(classp_metrics(minibatch=True), loggers=[], strict_checks=False)
+    strategy = build(
+        strategy_class,
+        linear_head(),
+        optimizer=None,
+        evaluator=metrics,
+        plugins=[watch],
+        **({"lr": 0.1, "threshold": 3e-3} | kwargs),
+    )
+    fit(strategy, tiny.train_stream)
+    shares = curves(strategy)[f"CLASSP_Updated_MB{END}"]
+    assert len(shares) == 9
+    assert shares == pytest.approx(moved, abs=1e-12)
+    zero = [share == 0 for share in shares]
+    if strategy_class is Accumulating:
+        assert zero == [True, True, True, False] * 2 + [True]
+    elif strategy_class is Scaled:
+        assert zero == [False, True] + [False] * 7
+    else:
+        assert all(zero) == (strategy_class is Clipped or kwargs.get("lr") == 0)
+
+
+@pytest.mark.parametrize("at", ["minibatch", "epoch", "experience"])
+@pytest.mark.parametrize("trained", [1, 2])
+def test_metrics_start_afresh_with_another_strategy(tiny, at, trained):
+    metrics = classp_metrics(**{at: True})
+    evaluator = EvaluationPlugin(metrics, loggers=[])
+    found = []
+    for _ in range(3):
+        model = linear_head()
+        strategy = build(CLASSP, model, optimizer=None, evaluator=evaluator, lr=0.1)
+        fit(strategy, tiny.train_stream[:trained])
+        found.append([metric.result() for metric in metrics])
+    assert found[0] == found[1] == found[2]
+
+
+def test_metrics_of_strategies_in_turn_do_not_mix(tiny):
+    metrics = classp_metrics(experience=True)
+    evaluator = EvaluationPlugin(metrics, loggers=[])
+    first, second = (
+        build(CLASSP, linear_head(), optimizer=None, evaluator=evaluator, lr=0.1) for _ in range(2)
+    )
+    fit(first, tiny.train_stream[:2])
+    fit(second, tiny.train_stream[:1])
+    assert metrics[-1].result() == {"": 0}  # Overlap
+    fit(first, tiny.train_stream[2:])
+    assert metrics[-1].result() == {"": 0}  # what the first had updated before is forgotten
+
+
+def test_an_interrupted_experience_is_of_the_same_strategy(tiny):
+    metrics = classp_metrics(experience=True)
+
+    def interrupt(strategy: Any) -> None:
+        strategy.plugins.pop(0)
+        raise KeyboardInterrupt
+
+    for hook in ("before_training_iteration", "after_update", "after_training_iteration"):
+        strategy = classp(linear_head(), metrics, lr=0.1)
+        fit(strategy, tiny.train_stream[:2])
+        strategy.plugins.insert(0, On(**{hook: interrupt}))
+        with pytest.raises(KeyboardInterrupt):
+            fit(strategy, tiny.train_stream[2:])
+        fit(strategy, tiny.train_stream[2:])
+        assert metrics[-1].result()[""] > 0  # Overlap
+
+
+def test_metrics_work_on_another_default_device():
+    from avalanche_classp.metrics import layers
+
+    strategy = classp(nn.Linear(1000, 30), [], lr=0.1)
+    metric = classp_metrics(epoch=True)[1]
+    before = [metric.combine(map(metric.part, layers(strategy)))]
+    _places.cache_clear()
+    with torch.device("meta"):
+        before.append(metric.combine(map(metric.part, layers(strategy))))
+    assert before[0] == before[1]
 
 
 def test_skipped_gradients_are_not_counted(tiny):

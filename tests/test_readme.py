@@ -37,7 +37,7 @@ def test_the_examples_run_as_printed(capsys):
     (promised_of_sgd,) = re.findall(r"in its place it is (\d+) %", README)
     names = {}
     exec(ten_lines, names)
-    with_sgd = re.sub(r"CLASSPOptimizer\(.*\)", of_sgd, ten_lines)
+    with_sgd = re.sub(r"CLASSPOptimizer\(.*\)\n.*watch.*", of_sgd, ten_lines)
     exec(with_sgd, {})
     accuracy, accuracy_of_sgd = map(int, re.findall(r"(\d+) %", capsys.readouterr().out))
     assert accuracy == pytest.approx(int(promised), abs=5)
@@ -46,7 +46,7 @@ def test_the_examples_run_as_printed(capsys):
     names["strategy"].plugins[0].take_over(names["strategy"])
     (group,) = names["strategy"].optimizer.param_groups
     assert isinstance(names["strategy"].optimizer, CLASSPOptimizer)
-    assert (group["lr"], group["history"]) == (0.04, "gradients")
+    assert (group["lr"], group["history"]) == (0.1, "inputs")
 
 
 def test_the_readme_is_short():
@@ -77,7 +77,7 @@ def test_the_margins_of_the_docs_follow_from_the_result_files():
     for name, margin in margins:
         rows = {row["method"]: row for row in table_rows(Results(RESULTS / name).load())}
         differences = [rows[method]["extension_difference"] for method in NINE]
-        mean, half = max(differences)
+        mean = max(mean for mean, _half in differences)
         assert f"{-mean:.1f}" == margin
         assert all(mean + half < 0 for mean, half in differences), name
 

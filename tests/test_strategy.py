@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.training import EWC
+from avalanche.training import EWC, Naive
 from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
 from conftest import (
     BAD_PHASES,
@@ -69,6 +69,14 @@ def test_it_trains_like_a_hand_written_loop_with_the_given_criterion(tiny):
     strategy = classp(linear_head(), criterion=criterion, lr=0.1, threshold=1e-4, train_epochs=2)
     fit(strategy, tiny.train_stream)
     assert same(weights(strategy.model), weights(plain))
+
+
+@pytest.mark.parametrize("strategy_class", [CLASSP, Naive])
+def test_no_epochs_train_nothing(tiny, strategy_class):
+    strategy = build(strategy_class, linear_head(), train_epochs=0)
+    fit(strategy, tiny.train_stream)
+    assert same(weights(strategy.model), weights(linear_head()))
+    assert strategy.clock.train_exp_counter == 3
 
 
 def test_other_plugins_act_beside_it(tiny):

@@ -515,7 +515,7 @@ def _with_matrices(method: str, penalty: Space) -> Method:
 
         strategy = spec.build(model, {key: hyper[key] for key in spec.defaults}, common)
         own: dict[str, Any] = {key: hyper[key] for key in _MATRIX}
-        strategy.plugins.append(CLASSPPlugin(history="gradients", **own))
+        strategy.plugins.append(CLASSPPlugin(history="gradients", fused=False, **own))
         return strategy
 
     return Method(

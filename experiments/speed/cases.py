@@ -11,22 +11,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from experiments.errors import UserError
-from experiments.running.run import find_device
-from experiments.speed.growth import measure_growth
-from experiments.speed.long import measure_long, measure_saturation
-from experiments.speed.loop import CASES, measure_classp, measure_loading, measure_metrics
-from experiments.speed.matrix import measure_matrix
-from experiments.speed.measure import machine
-from experiments.speed.startup import measure_startup
-from experiments.speed.step import measure_step
 
 ALL_CASES = {
     "step": "an optimizer step against AdaGrad's",
     "matrix": "matrix accumulators in a training step",
-    **dict.fromkeys(CASES, "Avalanche's data loading against in_memory, training and evaluation"),
+    "split-mnist": "Avalanche's data loading against in_memory, training and evaluation",
+    "permuted-mnist": "the same with permuted pixels",
+    "split-cifar10": "the same with a small CNN",
     "classp": "CLASSP against naive SGD and EWC",
     "metrics": "CLASSP with classp_metrics against without",
     "growth": "5, 20 and 100 experiences",
@@ -64,24 +56,33 @@ def measure_speed(
     """
     if unknown := sorted(set(cases) - set(ALL_CASES)):
         raise UserError(f"unknown case {unknown[0]!r}; cases are {', '.join(ALL_CASES)}")
+    # A wrong name is refused before these take their seconds.
+    import torch
+
+    from experiments.running.run import find_device
+    from experiments.speed import growth, long, loop, matrix, startup, step
+    from experiments.speed.measure import machine
+
     chosen_device = find_device(device)
     torch.set_num_threads(threads)
     pairs, rounds = (1, 2) if quick else (pairs, rounds)
+    lengths = (2, 3) if quick else (5, 20, 100)
+    steps = [10**3] if quick else [10**6, 10**7, 10**8]
     measures: dict[str, Callable[[], None]] = {
-        "step": lambda: measure_step(rounds, chosen_device),
-        "matrix": lambda: measure_matrix(rounds, chosen_device),
-        "classp": lambda: measure_classp(pairs, data_root),
-        "metrics": lambda: measure_metrics(pairs, data_root),
-        "growth": lambda: measure_growth((2, 3) if quick else (5, 20, 100), data_root, output),
-        "long": lambda: measure_long(20 if quick else 500),
-        "saturation": lambda: measure_saturation([10**3] if quick else [10**6, 10**7, 10**8]),
-        "startup": lambda: measure_startup(pairs),
+        "step": lambda: step.measure_step(rounds, chosen_device),
+        "matrix": lambda: matrix.measure_matrix(rounds, chosen_device),
+        "classp": lambda: loop.measure_classp(pairs, data_root),
+        "metrics": lambda: loop.measure_metrics(pairs, data_root),
+        "growth": lambda: growth.measure_growth(lengths, data_root, output),
+        "long": lambda: long.measure_long(20 if quick else 500),
+        "saturation": lambda: long.measure_saturation(steps),
+        "startup": lambda: startup.measure_startup(pairs),
     }
     print(machine(threads, chosen_device), flush=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No loggers specified")
         for case in cases or ALL_CASES:
-            if case in CASES:
-                measure_loading(case, CASES[case], quick, pairs, data_root)
+            if case in loop.CASES:
+                loop.measure_loading(case, loop.CASES[case], quick, pairs, data_root)
             else:
                 measures[case]()

@@ -90,6 +90,7 @@ def interrupted(folder, stops, method="classp", variant="", again=None, **kwargs
 # --- the same as never stopped --------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Metric Top1_Acc_Stream used by the EarlyStopping")  # at first
 @parametrize(
     ("method", "variant"),
     [

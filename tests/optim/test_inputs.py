@@ -335,6 +335,22 @@ def test_autocast_and_half_precision_accumulate_in_float32(dtype):
     assert optimizer.state[half.weight]["moments"].dtype == torch.float32
 
 
+@parametrize("size", [1e19, 1e25, 1e38])
+@parametrize("rank", [2, 6, None])
+def test_inputs_whose_squares_are_not_finite_are_not_remembered(size, rank):
+    layer = nn.Linear(6, 3)
+    optimizer = watched(layer, lr=0.1, rank=rank)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, size, 1.0):
+        layer(x * scale)
+    state = optimizer.state[layer.weight]
+    assert all(
+        value.isfinite().all() for value in state.values() if isinstance(value, torch.Tensor)
+    )
+    step(layer, optimizer, x, torch.zeros(16, 3))
+    assert layer.weight.isfinite().all()
+
+
 def test_inputs_that_are_not_finite_are_not_remembered():
     layer = nn.Linear(3, 2)
     optimizer = watched(layer)

@@ -118,7 +118,7 @@ def _renew_basis_(state: State, rows: Tensor) -> None:
         mix = torch.randn(NEW_DIRECTIONS, len(rows), generator=generator, device="cpu")
         rows = mix.to(rows) @ rows
     outside = rows - rows @ basis @ basis.T
-    outside = torch.where(outside.isfinite().all(), outside, 0.0)
+    outside = torch.where(outside.square().sum().isfinite(), outside, 0.0)
     new, triangle = torch.linalg.qr(outside.T)
     # These rows stand for all that has been outside; before anything was, they count for nothing.
     share = state["rest"] / triangle.square().sum().clamp_min(1e-30)
