@@ -339,7 +339,8 @@ class CLASSPOptimizer(Optimizer):
             Which parameters are covered.
 
         Raises:
-            ValueError: no group has ``history="inputs"``, or none of its parameters is the model's.
+            ValueError: no group has ``history="inputs"``, none of its parameters is the model's, or
+                the model has no layer whose inputs can be seen.
         """
         groups = {
             id(p): group
@@ -371,6 +372,11 @@ class CLASSPOptimizer(Optimizer):
                 report.covered.append(name)
             elif key in groups:
                 report.others[name] = "no layer whose inputs can be seen multiplies with it"
+        if not self._watchers:
+            raise ValueError(
+                "watch found no layer whose inputs can be seen (linear, convolution, attention); "
+                "use history='weights' for this model"
+            )
         return report
 
     def _observe(self, weight: Tensor, inputs: list[Tensor], reduce: Any) -> None:
@@ -460,6 +466,12 @@ class CLASSPOptimizer(Optimizer):
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
                 state = self.state.get(p)
+                if kind is KINDS["inputs"] and not state:
+                    raise RuntimeError(
+                        f"{where} has a gradient, but its layer's inputs were never seen: call the "
+                        f"layer itself, in training mode, after watch; or put the parameter into a "
+                        f"group with history='weights'"
+                    )
                 if (held := kind_of(state)) not in (None, kind):
                     raise RuntimeError(
                         f"{where} has a history of another kind ({held.key}) than its group's "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__ = ["WatchReport", "Watcher", "find_layers", "rows_of"]
 
@@ -15,6 +16,9 @@ Observe = Callable[[Tensor, list[Tensor], Any], None]
 
 MOST_ROWS = 512
 """Rows that are taken of a mini-batch with more positions than that, drawn at random."""
+
+INPUTS = ("input", "query", "key", "value")
+"""The names of inputs that are given by keyword, in the order of the layers' arguments."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ class Watcher:
         self.layer, self.observe, self.calls = layer, observe, 0
         parallel = isinstance(model, nn.parallel.DistributedDataParallel)
         self.reduce = Reduce(model.process_group) if parallel else None
-        self.handle = layer.module.register_forward_pre_hook(self)
+        self.handle = layer.module.register_forward_pre_hook(self, with_kwargs=True)
 
     def remove(self) -> None:
         """Look no longer."""
         self.handle.remove()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Look at the arguments of a call."""
         # A copy of the model has this hook, too.
         if module is not self.layer.module or not (module.training and torch.is_grad_enabled()):
@@ -72,7 +76,8 @@ class Watcher:
         device_type = self.layer.weight.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             self.calls += 1
-            self.observe(self.layer.weight, rows_of(module, args, self.calls), self.reduce)
+            given = (*args, *(keywords[name] for name in INPUTS if name in keywords))
+            self.observe(self.layer.weight, rows_of(module, given, self.calls), self.reduce)
 
     # What torch.compiler.disable sets, whose import takes seconds.
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -87,7 +92,7 @@ class Watcher:
 
 
 class _Blind:
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, *args: Any) -> None:
         """Do nothing."""
 
 
@@ -115,6 +120,8 @@ def find_layers(model: nn.Module) -> Iterator[Layer]:
     a parametrized weight counts as the parameter that it is made of, if that has its shape.
     """
     for module in model.modules():
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            continue  # Attention's output projection, which attention does not call.
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             weight = _parameter(module, "weight")
             bias = _parameter(module, "bias")

@@ -161,6 +161,61 @@ def test_without_watching_a_step_says_what_to_do():
         optimizer.watch(nn.Linear(3, 2))
 
 
+class _ByKeyword(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(query=x, value=x, key=x)[0]
+        return self.layer(input=x)
+
+
+@parametrize(
+    "layer", [nn.Linear(8, 3), nn.MultiheadAttention(8, 2, batch_first=True)], ids=["linear", "mha"]
+)
+def test_inputs_given_by_keyword_are_seen(layer):
+    model = _ByKeyword(layer)
+    optimizer = watched(model)
+    model(torch.ones(2, 5, 8)).sum().backward()
+    optimizer.step()
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.in_proj_weight
+    torch.testing.assert_close(optimizer.state[weight]["moments"].sum(), torch.tensor(81.0))
+
+
+def test_what_attention_does_not_call_keeps_a_history_of_weights():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    optimizer = CLASSPOptimizer(model.parameters(), history="inputs")
+    report = optimizer.watch(model)
+    assert "self_attn.in_proj_weight" in report.covered
+    assert {"self_attn.out_proj.weight", "self_attn.out_proj.bias"} <= report.others.keys()
+    model(torch.randn(2, 5, 8)).sum().backward()
+    optimizer.step()
+    assert set(optimizer.state[model.self_attn.out_proj.weight]) == {"accumulator"}
+
+
+@parametrize("how", ["functional", "eval mode"])
+def test_a_layer_that_was_never_seen_is_refused_before_anything_moves(how):
+    layer = nn.Linear(3, 2)
+    optimizer = watched(layer)
+    if how == "functional":
+        nn.functional.linear(torch.ones(1, 3), layer.weight).sum().backward()
+    else:
+        layer.eval()(torch.ones(1, 3)).sum().backward()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .* never seen"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+@parametrize("model", [nn.LSTM(3, 2), nn.ConvTranspose1d(2, 2, 3), nn.Bilinear(2, 2, 2)], ids=str)
+def test_a_model_with_nothing_to_watch_is_refused(model):
+    optimizer = CLASSPOptimizer(model.parameters(), history="inputs")
+    with pytest.raises(ValueError, match="no layer whose inputs can be seen"):
+        optimizer.watch(model)
+
+
 def test_it_looks_in_training_with_gradients_only():
     layer = nn.Linear(3, 2)
     optimizer = watched(layer)
