@@ -62,8 +62,8 @@ def replacement(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimiz
             for key, value in group.items()
             if key in signature
             and key not in (*_CARRIED, *_IMPLEMENTATION, "params")
-            # AdamW decays by default; that is lost as well.
-            and (value != signature[key].default or (key == "weight_decay" and value))
+            # AdamW decays by default; that is lost as well, and without decay nothing is.
+            and (bool(value) if key == "weight_decay" else value != signature[key].default)
         }
     if "step" in vars(optimizer) and not is_scheduled(optimizer):
         ignored["step"] = vars(optimizer)["step"]

@@ -333,6 +333,7 @@ class Clipped(CLASSP):
         (CLASSP, {"eval_every": 1, "peval_mode": "iteration"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Accumulating has trained 3 iterations without one step")
 def test_the_share_of_an_iteration_is_what_it_moved(tiny, strategy_class, kwargs):
     before: list[torch.Tensor] = []
     moved: list[float] = []
