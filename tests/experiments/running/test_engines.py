@@ -252,7 +252,7 @@ list(RayEngine(None, address).run(test_engines.play, configs, lambda config, ste
 
 
 def start(program, folder, cluster):
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, Path(__file__).parent)))
     return subprocess.Popen(
         [sys.executable, "-c", program, str(folder), cluster.address],
         env=os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
