@@ -18,7 +18,7 @@ __all__ = ["is_scheduled", "listed", "refuse_dead_references", "replacement", "s
 
 _IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 """Choices of implementation: nothing is lost with them."""
-_CARRIED = {*SPECS, "maximize"} - {*_IMPLEMENTATION}
+_CARRIED = set(SPECS) - set(_IMPLEMENTATION)
 """What a group of another optimizer hands on where it has it."""
 
 # Private attributes of torch's Optimizer.

@@ -19,11 +19,11 @@ FIGURE = ROOT / "docs" / "images" / "accuracy.png"
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and labels besides.
 LINES = {
-    "classp-matrix": ('CLASSP, "gradients"', "#D55E00", "*"),
+    "classp-matrix": ('CLASSP, "gradients"', "#E69F00", "*"),
     "adagrad": ("AdaGrad", "#56B4E9", "s"),
     "adam": ("Adam", "#CC79A7", "D"),
     "ewc": ("EWC", "#0072B2", "^"),
-    "classp": ("CLASSP, paper's rule", "#E69F00", "*"),
+    "classp": ("CLASSP, paper's rule", "#D55E00", "*"),
     "naive": ("SGD", "#000000", "o"),
     "lwf": ("LwF", "#009E73", "v"),
 }

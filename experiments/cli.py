@@ -144,7 +144,7 @@ Device = Annotated[str, _one(str, "DEVICE")]
 Folder = Annotated[Path, _one(_path, "FOLDER")]
 Folders = Annotated[tuple[Path, ...], _several(_path, "FOLDER")]
 Methods = Annotated[tuple[str, ...], _several(str, "METHOD")]
-AllMethods = Annotated[Methods, _default("all that `list` names up to classp-matrix")]
+AllMethods = Annotated[Methods, _default("the usual ones, as `list` shows")]
 Jobs = Annotated[int | None, _one(parse_whole, "N"), _default("as many as cores")]
 Output = Annotated[Path | None, _one(_path, "FOLDER"), _default("results/BENCHMARK-SCENARIO")]
 DataRoot = Annotated[Path | None, _one(_path, "FOLDER"), _default("~/.avalanche/data")]
@@ -164,6 +164,16 @@ class Command:
     def run(self, command_line: str) -> int:
         """Do it and return the exit code."""
         raise NotImplementedError
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raise UserError if results cannot go to a folder, because it or one above it is a file."""
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    if there.exists() and not there.is_dir():
+        raise UserError(f"cannot write {folder}: {there} is a file; name another folder")
 
 
 @dataclass(kw_only=True)
@@ -200,6 +210,7 @@ class _OnStream(Command):
         if self.model is not None:
             _known("model", self.model, MODELS)
         require_possible(self.benchmark, scenario, self.experiences or spec.experiences)
+        _refuse_file(self.folder)
         return spec, scenario
 
     @property

@@ -129,8 +129,8 @@ class Hyperparameters(TypedDict, total=False):
     threshold: Annotated[
         float | None,
         Spec(
-            "A weight changes where its squared gradient is greater, >= 0. With 0 every non-zero "
-            "gradient counts.",
+            "A weight changes only where its squared gradient is greater, >= 0. With 0 every "
+            "non-zero gradient counts.",
             _nonnegative,
             0.0,
             phase=True,
@@ -139,7 +139,7 @@ class Hyperparameters(TypedDict, total=False):
     epsilon: Annotated[
         float | None,
         Spec(
-            "Stands inside the root and is added to every accumulator, >= 0 (ε in the paper); > 0 "
+            "Added to A where the step is divided, never stored in it, >= 0 (ε in the paper); > 0 "
             "with a history of directions.",
             _nonnegative,
             1e-8,
@@ -166,9 +166,10 @@ class Hyperparameters(TypedDict, total=False):
         Spec(
             'What is accumulated. ``"weights"``: one number for each weight, the paper\'s rule. '
             '``"gradients"``: an extension; parameters of two or more dimensions have a history '
-            "for each direction of their layer's inputs, see "
-            ":mod:`avalanche_classp.optim.accumulators.gradients`. Each kind has defaults of its "
-            "own.",
+            'for each direction of their layer\'s inputs, taken from gradients. ``"inputs"``: '
+            "another extension; the directions of what each layer was given. It needs "
+            "``watch(model)``, which plugin and strategy call. See "
+            ":mod:`avalanche_classp.optim.accumulators`. Each kind has defaults of its own.",
             _one_of(*HISTORIES),
             "weights",
             {"gradients": "gradients", "inputs": "inputs"},
@@ -189,7 +190,7 @@ class Hyperparameters(TypedDict, total=False):
         bool | None,
         Spec(
             'With ``history="gradients"``: whether the directions of the outputs have a history, '
-            "too. It counts when a parameter's history begins.",
+            "too. It is read once, when a parameter's history begins.",
             _flag,
             None,
             {"gradients": False},
@@ -324,7 +325,8 @@ def documented(**own: tuple[Any, str]) -> Callable[[_Class], _Class]:
             text = f"{spec.doc} Default: {', '.join([repr(spec.default), *others])}."
             text = f"{name}: {own[name][1] if name in own else text}"
             entries += textwrap.wrap(text, 92, initial_indent=pad, subsequent_indent=pad + "    ")
-        assert cls.__doc__ is not None
+        if cls.__doc__ is None:  # python -OO
+            return cls
         cls.__doc__ = cls.__doc__.replace(pad + "{hyperparameters}", "\n".join(entries))
         init: Any = cls.__init__  # type: ignore[misc]
         signature = inspect.signature(init)

@@ -307,7 +307,8 @@ class CLASSPOptimizer(Optimizer):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             self._require_finite(entries)
             updates: dict[tuple[int, Accumulator], list[Update]] = {}
-            with_weight = {id(self._biases.get(entry.param)) for entry in entries}
+            biases = [self._biases.get(entry.param) for entry in entries]
+            with_weight = {id(bias) for bias in biases if bias is not None}
             for entry in entries:
                 if id(entry.param) in with_weight:
                     continue

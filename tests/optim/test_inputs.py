@@ -136,6 +136,24 @@ def test_a_sketch_keeps_the_large_directions_and_the_mean_of_the_others():
     assert_close(values, expected, rtol=0.1, atol=0)
 
 
+@parametrize("channels", [15, 16, 20])
+def test_a_few_more_inputs_than_directions(channels):
+    """Then few directions lie outside, and those of rounding are not to be taken for some."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(3, channels, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(channels, 32, 3)
+        )
+        optimizer = watched(model)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.rand(10, 3, 16, 16)).square().mean().backward()
+            optimizer.step()
+        V = optimizer.state[model[3].weight]["basis"]
+        assert_close(V.T @ V, torch.eye(V.shape[1]), atol=1e-4, rtol=0)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_what_is_not_watched_keeps_a_history_of_weights():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     optimizer = CLASSPOptimizer(model.parameters(), history="inputs")

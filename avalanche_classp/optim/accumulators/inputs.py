@@ -113,9 +113,10 @@ def _renew_basis_(state: State, rows: Tensor) -> None:
     """Take the directions of rows that lie outside of the basis into it, for the least in it."""
     basis, moments = state["basis"], state["moments"]
     directions = basis.shape[1]
-    if len(rows) > NEW_DIRECTIONS:
+    most = min(NEW_DIRECTIONS, len(basis) - directions)
+    if len(rows) > most:
         generator = torch.Generator("cpu").manual_seed(state["step"])
-        mix = torch.randn(NEW_DIRECTIONS, len(rows), generator=generator, device="cpu")
+        mix = torch.randn(most, len(rows), generator=generator, device="cpu")
         rows = mix.to(rows) @ rows
     outside = rows - rows @ basis @ basis.T
     outside = torch.where(outside.square().sum().isfinite(), outside, 0.0)
@@ -123,12 +124,13 @@ def _renew_basis_(state: State, rows: Tensor) -> None:
     # These rows stand for all that has been outside; before anything was, they count for nothing.
     share = state["rest"] / triangle.square().sum().clamp_min(1e-30)
     extended = torch.block_diag(moments, triangle @ triangle.T * share.clamp_min(1e-12))
-    values, vectors = torch.linalg.eigh(extended)
+    # In float64: in float32 it may not converge where most of the matrix is almost zero.
+    values, vectors = (found.to(basis) for found in torch.linalg.eigh(extended.double()))
     total = moments.trace() + state["rest"]
     kept = torch.cat([basis, new], 1) @ vectors[:, -directions:]
     # Rounding adds up over renewals.
-    state["basis"], triangle = torch.linalg.qr(kept)
-    state["basis"] = state["basis"] * triangle.diagonal().sign()
+    kept, triangle = torch.linalg.qr(kept)
+    state["basis"] = torch.where(triangle.diagonal() < 0, -kept, kept)
     state["moments"] = torch.diag(values[-directions:].clamp_min(0))
     state["rest"] = (total - state["moments"].trace()).clamp_min(0)
 
