@@ -49,7 +49,9 @@ SCENARIOS = ("class", "domain", "task")
 SIZE = 6
 LR = 0.05
 USUAL = [name for name, method in METHODS.items() if method.usual]
-WITH_MATRICES = [name for name in METHODS if name not in USUAL]
+WITH_MATRICES = ["classp-consolidated"] + [
+    name for name in METHODS if name.endswith("-matrix") and name not in USUAL
+]
 FAST = {method: {"lr": LR} for method in METHODS} | {
     "adam": {"lr": 0.01},
     "adagrad": {"lr": 0.02},
@@ -121,7 +123,10 @@ class ResNet(nn.Module):
 def network(kind, scenario, experiences=3):
     torch.manual_seed(0)
     net = {"mlp": Mlp, "resnet": ResNet}[kind](2 * experiences if scenario == "class" else 2)
-    return as_multitask(net, "classifier") if scenario == "task" else net
+    labels = net.classifier.out_features
+    net = as_multitask(net, "classifier") if scenario == "task" else net
+    net.sizes = (3 * SIZE * SIZE, labels, scenario == "task")  # as make_model notes them
+    return net
 
 
 def arguments(**changes):
@@ -286,6 +291,15 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("classp-matrix", {"rank": 2}),
         ("classp-matrix", {"both_sides": True}),
         ("classp-consolidated", {"consolidation": 10.0}),
+        ("classp-inputs", {"threshold": 1e-3}),
+        ("classp-inputs", {"epsilon": 1.0}),
+        ("classp-inputs", {"power": 2.0}),
+        ("classp-inputs", {"rank": 2}),
+        ("slda", {"shrinkage": 0.5}),
+        ("ridge", {"penalty": 100.0}),
+        ("ridge", {"width": 50}),
+        ("owm", {"alpha": 0.01}),
+        ("gpm", {"share": 0.85}),
     ],
 )
 def test_every_hyper_parameter_has_an_effect(method, hyper):
@@ -954,7 +968,8 @@ def test_what_is_not_the_methods_is_not_counted():
 def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
         "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
-        "classp-consolidated ewc-matrix si-matrix mas-matrix lwf-matrix"
+        "classp-inputs classp-consolidated class-means slda ridge owm gpm "
+        "ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
     for spec in METHODS.values():
         assert 0 < len(spec.description) < 90
