@@ -25,6 +25,7 @@ PAGES = README + "".join(
 RESULTS = ROOT / "experiments" / "results"
 COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/records.jsonl.gz"))
 ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
+UNTUNED = [RESULTS / "untuned" / f"{name}-class" for name in ("split-mnist", "split-fmnist")]
 NINE = ("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rwalk")
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
@@ -138,7 +139,9 @@ def test_the_update_rule_of_the_readme_is_the_optimizers():
     assert w.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("folder", COMPARISONS + ABLATIONS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", COMPARISONS + ABLATIONS + UNTUNED, ids=lambda folder: folder.name
+)
 def test_published_tables_follow_from_the_result_files(folder):
     results = Results(folder).load()
     searched = any(result["setting"] == "searched" for result in results)
@@ -170,6 +173,20 @@ def test_the_readme_or_the_docs_show_the_main_tables():
     ]
     for table in side_by_side([RESULTS / name for name in names]):
         assert table in PAGES
+
+
+def test_the_docs_show_what_is_untuned():
+    assert side_by_side(UNTUNED)[0].strip() in PAGES
+    rows = {row["method"]: row for row in table_rows(Results(UNTUNED[0]).load())}
+    assert (
+        f"has {accuracy(rows['classp-inputs']).split()[0]} % on class-incremental MNIST" in README
+    )
+    last = {r["config"]["method"]: r["state_bytes"][-1] / 1e6 for r in Results(UNTUNED[0]).load()}
+    sizes = (
+        f"{last['classp-inputs']:.1f} MB (ridge {last['ridge']:.1f}, streaming LDA "
+        f"{last['slda']:.1f}, OWM {last['owm']:.1f}; MNIST)"
+    )
+    assert sizes in PAGES
 
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)

@@ -45,6 +45,10 @@ Record = dict[str, Any]
 """A run's result, or its failure: ``{"config": ..., "error": ...}``."""
 
 
+_HEADER = 8
+"""Bytes of a gzip member up to its time."""
+
+
 class Results:
     """The records of an output folder; each is read once, however often they are asked for.
 
@@ -68,7 +72,8 @@ class Results:
         self._lines = 0
         self._end = 0
         """Where the last whole member that was read ends."""
-        self._inode: int | None = None
+        self._identity: tuple[int, bytes] | None = None
+        """The file that was read: its inode, and its first bytes, as an inode is used again."""
 
     def save(self, record: Mapping[str, Any]) -> Path:
         """Append a record and return the records file. It replaces an older one of its config.
@@ -107,10 +112,12 @@ class Results:
             self._read_on(file)
             self._records = self._sorted()
             _drop_further_maps(self._records.values())
-            data = gzip.compress(b"".join(map(_line, self._records.values())), mtime=0)
+            lines = b"".join(map(_line, self._records.values()))
+            # The time in the header tells one content from another, and is the same for the same.
+            data = gzip.compress(lines, mtime=zlib.crc32(lines))
             write_atomically(self.path, data)
             self._lines, self._end = len(self._records), len(data)
-            self._inode = self.path.stat().st_ino
+            self._identity = (self.path.stat().st_ino, data[:_HEADER])
 
     def logs(self, config: RunConfig) -> Path:
         """Return the run's TensorBoard log directory."""
@@ -174,9 +181,10 @@ class Results:
     def _read_on(self, file: BinaryIO) -> None:
         """Read what has been appended since the last time."""
         status = os.fstat(file.fileno())
-        if status.st_ino != self._inode or status.st_size < self._end:
+        identity = (status.st_ino, file.read(_HEADER))
+        if identity != self._identity or status.st_size < self._end:
             self._forget()
-            self._inode = status.st_ino
+            self._identity = identity
         file.seek(self._end)
         try:
             for end, member in _members(file):

@@ -289,3 +289,20 @@ def test_the_commit_is_the_clones_and_marked_where_the_code_was_changed(tmp_path
     assert current_commit() == commit
     file.write_text("changed")
     assert current_commit() == f"{commit}-dirty"
+
+
+def test_a_compact_file_in_the_same_inode_is_read_from_its_beginning(tmp_path, monkeypatch):
+    """A file system gives an inode that has become free to the next file."""
+    ours, theirs = Results(tmp_path), Results(tmp_path)
+    ours.save(fake_result("naive", 0, 0.5))
+    inode, size = ours.path.stat().st_ino, ours.path.stat().st_size
+    for seed in range(1, 60):
+        theirs.save(fake_result("naive", seed, 0.5 + seed / 997))
+    theirs.compact()
+    assert theirs.path.stat().st_size > size
+    status = os.fstat
+    monkeypatch.setattr(
+        os, "fstat", lambda file: os.stat_result((*status(file)[:1], inode, *status(file)[2:]))
+    )
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: True)
+    assert len(ours.load()) == 60
