@@ -29,10 +29,10 @@ from tyro import _errors as events
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
-from experiments.configfile import read_words, without_config
-from experiments.errors import UserError, nearest, print_error, print_interrupted
-from experiments.protocol.benchmarks import BENCHMARKS, SCENARIOS, Benchmark, require_possible
-from experiments.protocol.config import (
+from .configfile import read_words, without_config
+from .errors import UserError, nearest, print_error, print_interrupted
+from .protocol.benchmarks import BENCHMARKS, SCENARIOS, Benchmark, require_possible
+from .protocol.config import (
     Epochs,
     RunConfig,
     format_value,
@@ -40,9 +40,9 @@ from experiments.protocol.config import (
     parse_value,
     parse_whole,
 )
-from experiments.protocol.methods import METHODS, count_steps
-from experiments.protocol.models import MODELS
-from experiments.protocol.tuned_settings import make_config, require_known
+from .protocol.methods import METHODS, count_steps
+from .protocol.models import MODELS
+from .protocol.tuned_settings import make_config, require_known
 
 PROGRAM = "python -m experiments"
 MOST_SEEDS = 10_000
@@ -256,7 +256,7 @@ class _Training(_OnStream):
                 for key, text in overrides.get(method, {}).items()
             }
         if local:
-            from experiments.running.run import find_device
+            from .running.run import find_device
 
             find_device(self.device)
         fixed = self.given("device", "model", "experiences", "epochs", "batch_size")
@@ -330,9 +330,9 @@ class Compare(_Training):
         configs = [
             dataclasses.replace(config, seed=seed) for seed in range(self.seeds) for config in first
         ]
-        from experiments.reporting.report import write_report
-        from experiments.running.compare import run_all
-        from experiments.running.records import Results
+        from .reporting.report import write_report
+        from .running.compare import run_all
+        from .running.records import Results
 
         results = Results(self.folder)
         failures = run_all(
@@ -380,9 +380,9 @@ class Run(_Training):
         config = dataclasses.replace(config, seed=self.seed)
         from tqdm import tqdm
 
-        from experiments.reporting.tables import plain_table, table_rows
-        from experiments.running.compare import attempt
-        from experiments.running.records import Results, current_commit
+        from .reporting.tables import plain_table, table_rows
+        from .running.compare import attempt
+        from .running.records import Results, current_commit
 
         warnings.simplefilter("ignore")
         results = Results(self.folder)
@@ -437,11 +437,11 @@ class Search(_OnStream):
     def run(self, command_line: str) -> int:
         spec, scenario = self.check_stream()
         methods = _known_methods(self.methods)
-        from experiments.protocol.tuned_settings import SETTINGS_FILE, adopted
-        from experiments.running.files import write_atomically
-        from experiments.running.processes import available_cores
-        from experiments.running.run import find_device
-        from experiments.tuning.search import search
+        from .protocol.tuned_settings import SETTINGS_FILE, adopted
+        from .running.files import write_atomically
+        from .running.processes import available_cores
+        from .running.run import find_device
+        from .tuning.search import search
 
         find_device(self.device)
         # A journal says what its trials were run with, and one of CPU runs names no device.
@@ -482,8 +482,8 @@ class Report(Command):
     """what compare or run has written"""
 
     def run(self, command_line: str) -> int:
-        from experiments.reporting.report import write_report
-        from experiments.running.records import Results
+        from .reporting.report import write_report
+        from .running.records import Results
 
         finished: dict[tuple[str, str], list[Any]] = defaultdict(list)
         failed: dict[tuple[str, str], list[Any]] = defaultdict(list)
@@ -551,7 +551,7 @@ class Sensitivity(Command):
         _known("benchmark", self.benchmark, BENCHMARKS)
         _known("scenario", self.scenario, SCENARIOS)
         methods = _known_methods(self.methods)
-        from experiments.tuning.sensitivity import write_sensitivity
+        from .tuning.sensitivity import write_sensitivity
 
         options = {**vars(self), "methods": methods, "command": command_line}
         print(write_sensitivity(**options))
@@ -576,7 +576,7 @@ class Defaults(Command):
     """where datasets lie or are downloaded to"""
 
     def run(self, command_line: str) -> int:
-        from experiments.tuning.defaults import search_defaults
+        from .tuning.defaults import search_defaults
 
         print(search_defaults(**vars(self)))
         return 0
@@ -599,7 +599,7 @@ class SubsetRanking(Command):
     """where datasets lie or are downloaded to"""
 
     def run(self, command_line: str) -> int:
-        from experiments.tuning.subset_ranking import rank_subset
+        from .tuning.subset_ranking import rank_subset
 
         print(rank_subset(**vars(self)))
         return 0
@@ -613,7 +613,7 @@ class SideBySide(Command):
     """what compare has written"""
 
     def run(self, command_line: str) -> int:
-        from experiments.reporting.side_by_side import side_by_side
+        from .reporting.side_by_side import side_by_side
 
         print("\n\n".join(side_by_side(self.folders)))
         return 0
@@ -646,7 +646,7 @@ class Speed(Command):
     """for the figure of growth"""
 
     def run(self, command_line: str) -> int:
-        from experiments.speed.cases import measure_speed
+        from .speed.cases import measure_speed
 
         measure_speed(**vars(self))
         return 0

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError
-from experiments.protocol.config import format_value
+from .errors import UserError
+from .protocol.config import format_value
 
 
 def read_words(path: Path, command: type) -> list[str]:

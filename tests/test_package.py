@@ -38,13 +38,14 @@ def built(tmp_path_factory):
     return wheel, sdist
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_holds_the_package_the_experiments_and_nothing_else(built):
     wheel, _ = built
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "avalanche_classp").rglob("*")
-        if path.suffix in (".py", ".cpp", ".typed")
+        f"{parent}{path.relative_to(ROOT)}"
+        for top, parent in (("avalanche_classp", ""), ("experiments", "avalanche_classp/"))
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in (".py", ".cpp", ".typed") or path.name == "tuned_settings.json"
     }
     assert {name for name in names if ".dist-info/" not in name} == package
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import UserError, one_line
-from experiments.protocol.config import Hyper
-from experiments.protocol.models import Shape
+from ..errors import UserError, one_line
+from .config import Hyper
+from .models import Shape
 
 if TYPE_CHECKING:
     from avalanche.benchmarks import CLScenario

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from experiments.errors import UserError
+from ..errors import UserError
 
 Hyper = Mapping[str, float | int | bool]
 Epochs = int | tuple[int, ...]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.protocol.config import Hyper, RunConfig
+from .config import Hyper, RunConfig
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -125,7 +125,7 @@ def _ewc(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _si(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedSIPlugin
+    from .avalanche_fixes import FixedSIPlugin
 
     _require(hyper["eps"] > 0, "eps", hyper["eps"], "greater than 0")
     plugin = FixedSIPlugin(si_lambda=hyper["si_lambda"], eps=hyper["eps"])
@@ -133,7 +133,7 @@ def _si(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _mas(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedMASPlugin
+    from .avalanche_fixes import FixedMASPlugin
 
     _require(hyper["alpha"] <= 1, "alpha", hyper["alpha"], "from 0 to 1")
     plugin = FixedMASPlugin(lambda_reg=hyper["lambda_reg"], alpha=hyper["alpha"])
@@ -141,7 +141,7 @@ def _mas(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _lwf(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedLwFPlugin
+    from .avalanche_fixes import FixedLwFPlugin
 
     temperature = hyper["temperature"]
     _require(temperature > 0, "temperature", temperature, "greater than 0")
@@ -150,7 +150,7 @@ def _lwf(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _rwalk(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedRWalkPlugin
+    from .avalanche_fixes import FixedRWalkPlugin
 
     _require(hyper["ewc_alpha"] <= 1, "ewc_alpha", hyper["ewc_alpha"], "from 0 to 1")
     _require(hyper["delta_t"] >= 1, "delta_t", hyper["delta_t"], "at least 1")
@@ -159,13 +159,13 @@ def _rwalk(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
 
 
 def _replay(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedReplayPlugin
+    from .avalanche_fixes import FixedReplayPlugin
 
     return _on_sgd(model, hyper, common, FixedReplayPlugin(mem_size=hyper["mem_size"]))
 
 
 def _joint(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.avalanche_fixes import FixedJointTraining
+    from .avalanche_fixes import FixedJointTraining
 
     return FixedJointTraining(model=model, optimizer=_sgd(model, hyper), **common)
 
@@ -184,8 +184,8 @@ def _closed_form(head: Callable[[Hyper], Any]) -> Build:
     """Return a builder of a method that solves a head on features that never change."""
 
     def build(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-        from experiments.protocol.closed_form import ClosedForm
-        from experiments.protocol.models import sizes_of
+        from .closed_form import ClosedForm
+        from .models import sizes_of
 
         inputs, labels, by_task = sizes_of(model)
         width = int(hyper.get("width", 0))
@@ -197,32 +197,32 @@ def _closed_form(head: Callable[[Hyper], Any]) -> Build:
 
 
 def _class_means(hyper: Hyper) -> Any:
-    from experiments.protocol.closed_form import ClassMeans
+    from .closed_form import ClassMeans
 
     return ClassMeans
 
 
 def _lda(hyper: Hyper) -> Any:
-    from experiments.protocol.closed_form import StreamingLDA
+    from .closed_form import StreamingLDA
 
     return lambda features, labels: StreamingLDA(features, labels, hyper["shrinkage"])
 
 
 def _ridge(hyper: Hyper) -> Any:
-    from experiments.protocol.closed_form import Ridge
+    from .closed_form import Ridge
 
     return lambda features, labels: Ridge(features, labels, hyper["penalty"])
 
 
 def _owm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.projections import OWMPlugin
+    from .projections import OWMPlugin
 
     _require(hyper["alpha"] > 0, "alpha", hyper["alpha"], "greater than 0")
     return _on_sgd(model, hyper, common, OWMPlugin(alpha=float(hyper["alpha"])))
 
 
 def _gpm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
-    from experiments.protocol.projections import GPMPlugin
+    from .projections import GPMPlugin
 
     _require(0 < hyper["share"] < 1, "share", hyper["share"], "between 0 and 1")
     return _on_sgd(model, hyper, common, GPMPlugin(threshold=float(hyper["share"])))

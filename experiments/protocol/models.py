@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn

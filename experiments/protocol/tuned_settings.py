@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError, nearest, one_line
-from experiments.protocol.benchmarks import BENCHMARKS, require_possible
-from experiments.protocol.config import Epochs, Hyper, RunConfig
-from experiments.protocol.methods import METHODS
-from experiments.protocol.models import make_model
+from ..errors import UserError, nearest, one_line
+from .benchmarks import BENCHMARKS, require_possible
+from .config import Epochs, Hyper, RunConfig
+from .methods import METHODS
+from .models import make_model
 
 SETTINGS_FILE = Path(__file__).with_name("tuned_settings.json")
 """What the search chose for each benchmark, scenario and method (see results/README.md)."""

@@ -15,9 +15,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.protocol.methods import style_of
-from experiments.reporting.tables import Row, wrap_label
-from experiments.running.matrix_figures import COLOURS, draw_matrix, new_figure, ticks
+from ..protocol.methods import style_of
+from ..running.matrix_figures import COLOURS, draw_matrix, new_figure, ticks
+from .tables import Row, wrap_label
 
 _LINES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _LEGEND_WIDTH = 26  # characters

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.reporting.figures import CAPTIONS, draw_figures
-from experiments.reporting.html import render
-from experiments.reporting.tables import (
+from ..running.files import write_atomically
+from ..running.records import describe_failure
+from .figures import CAPTIONS, draw_figures
+from .html import render
+from .tables import (
     ACCURACIES,
     COSTS,
     REFERENCE,
@@ -24,8 +26,6 @@ from experiments.reporting.tables import (
     present,
     table_rows,
 )
-from experiments.running.files import write_atomically
-from experiments.running.records import describe_failure
 
 
 def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Result] = ()) -> str:

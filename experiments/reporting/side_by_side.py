@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.errors import UserError
-from experiments.reporting.tables import COLUMNS, Row, cell, markdown, table_rows
-from experiments.running.records import Results
+from ..errors import UserError
+from ..running.records import Results
+from .tables import COLUMNS, Row, cell, markdown, table_rows
 
 KEYS = ("average_accuracy", "extension_difference")
 """The columns of :data:`experiments.reporting.tables.COLUMNS` that there is a table of."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.reporting.statistics import Interval, mean_interval
+from .statistics import Interval, mean_interval
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]

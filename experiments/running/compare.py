@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.errors import UserError, one_line
-from experiments.protocol.benchmarks import require_data
-from experiments.protocol.config import RunConfig
-from experiments.running.engines import make_engine
-from experiments.running.files import write_atomically
-from experiments.running.records import Results, current_commit, describe_failure
-from experiments.running.run import run
+from ..errors import UserError, one_line
+from ..protocol.benchmarks import require_data
+from ..protocol.config import RunConfig
+from .engines import make_engine
+from .files import write_atomically
+from .records import Results, current_commit, describe_failure
+from .run import run
 
 
 def run_all(

@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from experiments.errors import UserError, one_line
-from experiments.protocol.config import RunConfig
-from experiments.running.processes import (
+from ..errors import UserError, one_line
+from ..protocol.config import RunConfig
+from .processes import (
     ONE_THREAD,
     WorkerDiedError,
     available_cores,

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from experiments.errors import UserError
+from ..errors import UserError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

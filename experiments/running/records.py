@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments.errors import UserError, one_line
-from experiments.protocol.config import RunConfig
-from experiments.running.files import make_folder, write_atomically
+from ..errors import UserError, one_line
+from ..protocol.config import RunConfig
+from .files import make_folder, write_atomically
 
 SCHEMA = 3
 _SHARE, _CHANGE = (0, 1), (-1, 1)

@@ -30,15 +30,16 @@ from torch import nn
 
 from avalanche_classp import in_memory
 from avalanche_classp.optim.optimizer import NonFiniteGradientError
-from experiments.errors import DivergedError, UserError
-from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
-from experiments.protocol.config import RunConfig
-from experiments.protocol.methods import METHODS
-from experiments.protocol.models import make_model
-from experiments.protocol.tuned_settings import source_of
-from experiments.running.accumulator_maps import accumulator_map
-from experiments.running.memory import method_state_bytes
-from experiments.running.tensorboard import Board, open_board
+
+from ..errors import DivergedError, UserError
+from ..protocol.benchmarks import BENCHMARKS, make_benchmark
+from ..protocol.config import RunConfig
+from ..protocol.methods import METHODS
+from ..protocol.models import make_model
+from ..protocol.tuned_settings import source_of
+from .accumulator_maps import accumulator_map
+from .memory import method_state_bytes
+from .tensorboard import Board, open_board
 
 EVAL_BATCH_SIZE = 512
 

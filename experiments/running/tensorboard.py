@@ -16,10 +16,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from avalanche_classp import CLASSPOptimizer, classp_metrics
 from avalanche_classp.metrics import effective_rate, layers
-from experiments.errors import UserError, one_line
-from experiments.protocol.config import RunConfig
-from experiments.running.matrix_figures import accuracy_matrix_figure, confusion_figure
-from experiments.running.timing import Clocked
+
+from ..errors import UserError, one_line
+from ..protocol.config import RunConfig
+from .matrix_figures import accuracy_matrix_figure, confusion_figure
+from .timing import Clocked
 
 _FINAL = ("average_accuracy", "forgetting", "learning_accuracy", "seconds_per_experience")
 """What of a result stands beside the hyper-parameters."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.errors import UserError
+from ..errors import UserError
 
 ALL_CASES = {
     "step": "an optimizer step against AdaGrad's",
@@ -59,9 +59,9 @@ def measure_speed(
     # A wrong name is refused before these take their seconds.
     import torch
 
-    from experiments.running.run import find_device
-    from experiments.speed import growth, long, loop, matrix, startup, step
-    from experiments.speed.measure import machine
+    from ..running.run import find_device
+    from . import growth, long, loop, matrix, startup, step
+    from .measure import machine
 
     chosen_device = find_device(device)
     torch.set_num_threads(threads)

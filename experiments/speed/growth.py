@@ -15,11 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from avalanche_classp import in_memory
-from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
-from experiments.protocol.methods import METHODS
-from experiments.protocol.models import make_model
-from experiments.running.matrix_figures import new_figure
-from experiments.running.memory import method_state_bytes
+
+from ..protocol.benchmarks import BENCHMARKS, make_benchmark
+from ..protocol.methods import METHODS
+from ..protocol.models import make_model
+from ..running.matrix_figures import new_figure
+from ..running.memory import method_state_bytes
 
 METHOD_NAMES = ("naive", "classp", "ewc", "ewc-online", "si")
 BENCHMARK, MODEL, BATCH = "permuted-mnist", "mlp-256", 128

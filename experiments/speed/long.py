@@ -23,8 +23,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from avalanche_classp import CLASSP, CLASSPOptimizer, classp_metrics
-from experiments.protocol.models import make_model
-from experiments.running.memory import method_state_bytes
+
+from ..protocol.models import make_model
+from ..running.memory import method_state_bytes
 
 SAMPLES, BATCH, EPOCHS = 256, 32, 2
 LR, EPSILON, START = 0.001, 1e-4, 0.05

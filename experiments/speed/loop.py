@@ -17,12 +17,13 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from avalanche_classp import classp_metrics, in_memory
-from experiments.protocol.benchmarks import BENCHMARKS, make_benchmark
-from experiments.protocol.config import Hyper
-from experiments.protocol.methods import METHODS
-from experiments.protocol.models import make_model
-from experiments.running.timing import Clocked
-from experiments.speed.measure import ratio
+
+from ..protocol.benchmarks import BENCHMARKS, make_benchmark
+from ..protocol.config import Hyper
+from ..protocol.methods import METHODS
+from ..protocol.models import make_model
+from ..running.timing import Clocked
+from .measure import ratio
 
 TRAIN_BATCH, EVAL_BATCH = 128, 512
 HYPER: dict[str, Hyper] = {

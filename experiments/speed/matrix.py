@@ -14,8 +14,9 @@ from torch.nn import functional
 from torch.optim import SGD, Optimizer
 
 from avalanche_classp import CLASSPOptimizer
-from experiments.protocol.models import Shape, make_model
-from experiments.speed.measure import in_turn, ratio
+
+from ..protocol.models import Shape, make_model
+from .measure import in_turn, ratio
 
 BATCH_SIZE = 128
 

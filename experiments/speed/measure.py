@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from experiments.running.run import cpu_model
+from ..running.run import cpu_model
 
 CPU = torch.device("cpu")
 

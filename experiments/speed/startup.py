@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from experiments.speed.measure import in_turn, ratio
+from .measure import in_turn, ratio
 
 COMMANDS = {
     "import torch": "import torch",

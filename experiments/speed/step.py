@@ -13,8 +13,9 @@ from torch.optim import Adagrad
 
 from avalanche_classp import CLASSPOptimizer
 from avalanche_classp.optim.backends import cpu_kernel as kernel
-from experiments.protocol.models import make_model
-from experiments.speed.measure import in_turn, ratio
+
+from ..protocol.models import make_model
+from .measure import in_turn, ratio
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp-256": lambda: make_model("mlp-256", (1, 28, 28), 10, multi_head=False),

@@ -19,14 +19,14 @@ import pandas as pd
 from optuna.trial import FixedTrial, Trial
 from tqdm import tqdm
 
-from experiments.errors import DivergedError, UserError
-from experiments.protocol.benchmarks import BENCHMARKS, require_data
-from experiments.protocol.config import Hyper
-from experiments.protocol.methods import rule_space
-from experiments.protocol.tuned_settings import make_config, searched_setting
-from experiments.running.files import make_folder, write_atomically
-from experiments.running.run import run
-from experiments.tuning.search import FIRST_TUNING_SEED, ended_trials, open_study
+from ..errors import DivergedError, UserError
+from ..protocol.benchmarks import BENCHMARKS, require_data
+from ..protocol.config import Hyper
+from ..protocol.methods import rule_space
+from ..protocol.tuned_settings import make_config, searched_setting
+from ..running.files import make_folder, write_atomically
+from ..running.run import run
+from .search import FIRST_TUNING_SEED, ended_trials, open_study
 
 PLACES: dict[str, dict[str, Any]] = {
     "split-digits": {"train_share": 1.0},

@@ -18,14 +18,14 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import Trial, TrialState
 from tqdm import tqdm
 
-from experiments.errors import DivergedError, UserError, one_line
-from experiments.protocol.benchmarks import require_data
-from experiments.protocol.config import Hyper, RunConfig
-from experiments.protocol.methods import METHODS
-from experiments.protocol.tuned_settings import Setting, make_config, place_of
-from experiments.running.files import make_folder, write_atomically
-from experiments.running.processes import WorkerDiedError, in_processes
-from experiments.running.run import run
+from ..errors import DivergedError, UserError, one_line
+from ..protocol.benchmarks import require_data
+from ..protocol.config import Hyper, RunConfig
+from ..protocol.methods import METHODS
+from ..protocol.tuned_settings import Setting, make_config, place_of
+from ..running.files import make_folder, write_atomically
+from ..running.processes import WorkerDiedError, in_processes
+from ..running.run import run
 
 FIRST_TUNING_SEED = 1000
 """The seeds from here on are the search's; final runs use the seeds from 0 on."""

@@ -13,15 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.errors import UserError
-from experiments.protocol.config import RunConfig
-from experiments.protocol.methods import count_steps
-from experiments.protocol.tuned_settings import make_config, searched_setting
-from experiments.reporting.figures import draw_sensitivity
-from experiments.reporting.statistics import mean_interval
-from experiments.running.compare import run_all
-from experiments.running.files import write_atomically
-from experiments.running.records import Results
+from ..errors import UserError
+from ..protocol.config import RunConfig
+from ..protocol.methods import count_steps
+from ..protocol.tuned_settings import make_config, searched_setting
+from ..reporting.figures import draw_sensitivity
+from ..reporting.statistics import mean_interval
+from ..running.compare import run_all
+from ..running.files import write_atomically
+from ..running.records import Results
 
 RATES = (0.25, 0.5, 2.0, 4.0)
 """What a learning rate is multiplied by."""

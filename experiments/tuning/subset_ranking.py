@@ -14,12 +14,12 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
-from experiments.errors import UserError
-from experiments.protocol.config import RunConfig
-from experiments.running.compare import run_all
-from experiments.running.files import write_atomically
-from experiments.running.records import Results
-from experiments.tuning.search import config_of, open_study
+from ..errors import UserError
+from ..protocol.config import RunConfig
+from ..running.compare import run_all
+from ..running.files import write_atomically
+from ..running.records import Results
+from .search import config_of, open_study
 
 
 def rank_subset(
