@@ -40,7 +40,8 @@ from .protocol.config import (
     parse_value,
     parse_whole,
 )
-from .protocol.methods import METHODS, count_steps
+from .protocol.losses import LOSSES, USUAL_LOSS
+from .protocol.methods import METHODS, count_steps, why_not
 from .protocol.models import MODELS
 from .protocol.tuned_settings import make_config, require_known
 
@@ -190,6 +191,8 @@ class _OnStream(Command):
         int | None, _one(parse_whole, "N"), _default("the benchmark's usual number")
     ] = None
     """number of experiences"""
+    loss: Annotated[str | None, _one(str, "NAME"), _default(USUAL_LOSS)] = None
+    """what networks are trained with"""
     device: Device = "cpu"
     """torch device"""
     output: Output = None
@@ -209,6 +212,8 @@ class _OnStream(Command):
         scenario = _known("scenario", self.scenario or spec.scenarios[0], SCENARIOS)
         if self.model is not None:
             _known("model", self.model, MODELS)
+        if self.loss is not None:
+            _known("loss", self.loss, LOSSES)
         require_possible(self.benchmark, scenario, self.experiences or spec.experiences)
         _refuse_file(self.folder)
         return spec, scenario
@@ -247,19 +252,12 @@ class _Training(_OnStream):
             UserError: something is unknown, wrong, or cannot be used here.
         """
         _, scenario = self.check_stream()
-        hyper: dict[str, dict[str, Any]] = {}
-        for method in methods:
-            require_known(method, overrides.get(method, ()))
-            known = METHODS[method].defaults
-            hyper[method] = {
-                key: parse_value(text, known[key], key)
-                for key, text in overrides.get(method, {}).items()
-            }
+        hyper = {method: _values(method, overrides.get(method, {})) for method in methods}
         if local:
             from .running.run import find_device
 
             find_device(self.device)
-        fixed = self.given("device", "model", "experiences", "epochs", "batch_size")
+        fixed = self.given("device", "model", "experiences", "epochs", "batch_size", "loss")
         return [
             make_config(self.benchmark, scenario, method, 0, hyper[method], **fixed)
             for method in methods
@@ -272,9 +270,15 @@ def _known(kind: str, name: str, names: Mapping[str, Any]) -> str:
     return name
 
 
-def _known_methods(names: Sequence[str]) -> list[str]:
-    """Return the names once each; without any, the usual ones."""
-    usual = [name for name, method in METHODS.items() if method.usual]
+def _known_methods(
+    names: Sequence[str], scenario: str | None = None, loss: str | None = None
+) -> list[str]:
+    """Return the names once each; without any, the usual ones that can be run so."""
+    usual = [
+        name
+        for name, method in METHODS.items()
+        if method.usual and not (scenario and why_not(name, scenario, loss or USUAL_LOSS))
+    ]
     return [_known("method", name, METHODS) for name in dict.fromkeys(names or usual)]
 
 
@@ -283,6 +287,31 @@ def _split_override(text: str, form: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"--set {text}: write {form}")
     return key, value
+
+
+def _overrides(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return by method what ``--set METHOD.KEY=VALUE`` says."""
+    overrides: dict[str, dict[str, str]] = defaultdict(dict)
+    for text in texts:
+        place, value = _split_override(text, "METHOD.KEY=VALUE")
+        method, dot, key = place.partition(".")
+        if not dot or method not in methods:
+            raise UserError(
+                f"--set {text}: {method!r} is none of the methods compared; write METHOD.KEY=VALUE"
+            )
+        overrides[method][key] = value
+    return overrides
+
+
+def _values(method: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return a method's hyper-parameters as numbers.
+
+    Raises:
+        UserError: it has none of such a name, or a value is wrong.
+    """
+    require_known(method, texts)
+    known = METHODS[method].defaults
+    return {key: parse_value(text, known[key], key) for key, text in texts.items()}
 
 
 # The commands
@@ -314,17 +343,9 @@ class Compare(_Training):
     """address of the cluster"""
 
     def run(self, command_line: str) -> int:
-        methods = _known_methods(self.methods)
-        overrides: dict[str, dict[str, str]] = defaultdict(dict)
-        for text in self.set:
-            place, value = _split_override(text, "METHOD.KEY=VALUE")
-            method, dot, key = place.partition(".")
-            if not dot or method not in methods:
-                raise UserError(
-                    f"--set {text}: {method!r} is none of the methods compared; write "
-                    f"METHOD.KEY=VALUE"
-                )
-            overrides[method][key] = value
+        _, scenario = self.check_stream()
+        methods = _known_methods(self.methods, scenario, self.loss)
+        overrides = _overrides(self.set, methods)
         # A cluster may have a device that is not here.
         first = self.configs(methods, overrides, local=self.engine == "local")
         configs = [
@@ -429,6 +450,8 @@ class Search(_OnStream):
         tuple[int, ...], _several(parse_whole, "N"), _default("the benchmark's usual ones")
     ] = ()
     """what every method chooses its epochs from"""
+    set: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="METHOD.KEY=VALUE")] = ()
+    """a hyper-parameter that is not searched"""
     jobs: Jobs = None
     """methods at a time"""
     adopt: bool = False
@@ -436,7 +459,8 @@ class Search(_OnStream):
 
     def run(self, command_line: str) -> int:
         spec, scenario = self.check_stream()
-        methods = _known_methods(self.methods)
+        methods = _known_methods(self.methods, scenario, self.loss)
+        held = _overrides(self.set, methods)
         from .protocol.tuned_settings import SETTINGS_FILE, adopted
         from .running.files import write_atomically
         from .running.processes import available_cores
@@ -460,7 +484,8 @@ class Search(_OnStream):
             self.jobs or available_cores(),
             self.finalists,
             self.finalist_seeds,
-            **self.given("model", "experiences"),
+            held={name: _values(name, texts) for name, texts in held.items()},
+            **self.given("model", "experiences", "loss"),
             **device,
         )
         for method, setting in settings.items():
@@ -510,6 +535,7 @@ class List(Command):
             "benchmarks": BENCHMARKS,
             "scenarios": SCENARIOS,
             "methods": METHODS,
+            "losses": LOSSES,
             "models": MODELS,
         }
         width = max(len(name) for entries in registries.values() for name in entries)
@@ -520,8 +546,11 @@ class List(Command):
                 if kind == "benchmarks":
                     lines.append(f"model {entry.model}; scenarios {', '.join(entry.scenarios)}")
                 elif kind == "methods":
-                    lines.append(", ".join(f"{key}={v}" for key, v in entry.defaults.items()))
-                for label, line in zip((name, ""), lines, strict=False):
+                    values = ", ".join(f"{key}={v}" for key, v in entry.defaults.items())
+                    only = set(entry.scenarios) != set(SCENARIOS)
+                    scenarios = f"; scenario {', '.join(entry.scenarios)}" if only else ""
+                    lines += [entry.family + scenarios, values]
+                for label, line in zip((name, "", ""), lines, strict=False):
                     print(f"  {label:{width}}  {line}")
         return 0
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UserError
+from .losses import USUAL_LOSS
 
 Hyper = Mapping[str, float | int | bool]
 Epochs = int | tuple[int, ...]
@@ -34,6 +35,7 @@ class RunConfig:
         validation: evaluate on a part of the training data that is then not trained on, and
             leave the test data alone, after the last experience: for choosing settings.
         train_share: with ``validation``, the share of the other training data that is used.
+        loss: name of the loss.
     """
 
     benchmark: str
@@ -48,6 +50,7 @@ class RunConfig:
     device: str = "cpu"
     validation: bool = False
     train_share: float = 1.0
+    loss: str = USUAL_LOSS
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, list):  # JSON has no tuples
@@ -67,7 +70,7 @@ class RunConfig:
                 raise UserError(
                     f"{name} must be a whole number from {least} to {most}, got {value!r}"
                 )
-        for name in ("benchmark", "scenario", "method", "model", "device"):
+        for name in ("benchmark", "scenario", "method", "model", "device", "loss"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} must be a text, got {getattr(self, name)!r}")
         if not isinstance(self.validation, bool):
@@ -84,8 +87,10 @@ class RunConfig:
         object.__setattr__(self, "hyper", MappingProxyType(dict(sorted(self.hyper.items()))))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the config as JSON can hold it."""
+        """Return the config as JSON can hold it; records name no loss where it is the usual one."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.loss == USUAL_LOSS:
+            del values["loss"]
         epochs = list(self.epochs) if isinstance(self.epochs, tuple) else self.epochs
         return {**values, "epochs": epochs, "hyper": dict(self.hyper)}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Hyper, RunConfig
+from .losses import USUAL_LOSS
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -35,6 +36,12 @@ class Style(NamedTuple):
 
 _OTHER_STYLE = Style("#737765", "d")
 
+TRAINS = "trains the network"
+CLOSED_FORM = "closed form on fixed features"
+GENERATES = "generates data"
+STORES = "stores data"
+"""The families of methods: by what they keep of earlier experiences."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -47,6 +54,8 @@ class Method:
         space: suggests hyper-parameters to a search; those it leaves out keep their defaults.
         style: its look in figures.
         usual: it is compared where no methods are named.
+        family: one of the four families.
+        scenarios: those that it is for.
     """
 
     description: str
@@ -55,6 +64,31 @@ class Method:
     space: Space
     style: Style = _OTHER_STYLE
     usual: bool = True
+    family: str = TRAINS
+    scenarios: tuple[str, ...] = ("class", "domain", "task")
+
+    @property
+    def has_old_samples(self) -> bool:
+        """Whether samples of earlier experiences, real or made up, are trained on."""
+        return self.family in (GENERATES, STORES)
+
+
+def why_not(method: str, scenario: str, loss: str = USUAL_LOSS) -> str | None:
+    """Return why a method cannot be run so, in one line; None where it can."""
+    spec = METHODS[method]
+    if scenario not in spec.scenarios:
+        known = " and ".join(spec.scenarios)
+        return f"{method} is for {known}-incremental streams, not for the scenario {scenario}"
+    if loss == USUAL_LOSS:
+        return None
+    if spec.family == CLOSED_FORM:
+        return f"{method} trains no network, so it has no loss; leave --loss out"
+    if loss == "masked-cross-entropy" and (scenario != "class" or method == "joint"):
+        return (
+            f"{method} in the scenario {scenario} sees all classes of the head at once; "
+            f"masked-cross-entropy is for class-incremental streams, and not for joint"
+        )
+    return None
 
 
 # Building
@@ -418,6 +452,7 @@ METHODS = {
         build=_replay,
         space=_sgd_space,
         style=Style("#cc9966", "P"),
+        family=STORES,
     ),
     "joint": Method(
         description="SGD on all experiences at once: what forgetting costs the others",
@@ -425,6 +460,7 @@ METHODS = {
         build=_joint,
         space=_sgd_space,
         style=Style("#000000", "X"),
+        family=STORES,
     ),
     "classp": Method(
         description="CLASSP",
@@ -470,6 +506,7 @@ METHODS = {
         build=_closed_form(_class_means),
         space=lambda trial: {},
         usual=False,
+        family=CLOSED_FORM,
     ),
     "slda": Method(
         description="closed form on raw inputs: class means and one covariance, streaming LDA",
@@ -477,6 +514,7 @@ METHODS = {
         build=_closed_form(_lda),
         space=lambda trial: {"shrinkage": _log(trial, "shrinkage", 1e-6, 0.5)},
         usual=False,
+        family=CLOSED_FORM,
     ),
     "ridge": Method(
         description="closed form on a random ReLU layer: ridge regression, recursive least squares",
@@ -484,6 +522,7 @@ METHODS = {
         build=_closed_form(_ridge),
         space=lambda trial: {"penalty": _log(trial, "penalty", 1e-2, 1e5)},
         usual=False,
+        family=CLOSED_FORM,
     ),
     "owm": Method(
         description="orthogonal weights modification on SGD: gradients keep off earlier inputs",

@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import UserError, nearest, one_line
 from .benchmarks import BENCHMARKS, require_possible
 from .config import Epochs, Hyper, RunConfig
-from .methods import METHODS
+from .losses import LOSSES, USUAL_LOSS, make_loss
+from .methods import METHODS, why_not
 from .models import make_model
 
 SETTINGS_FILE = Path(__file__).with_name("tuned_settings.json")
@@ -73,9 +74,10 @@ def source_of(config: RunConfig) -> str:
     usual = Setting(spec.epochs, spec.batch_size)
     published = spec.published.get(config.method)
     place = (config.benchmark, config.scenario, config.method)
+    searched = config.loss == USUAL_LOSS
     for source, setting in (
-        ("searched", searched_setting(*place, config.model)),
-        ("transferred", searched_setting(*place)),
+        ("searched", searched_setting(*place, config.model) if searched else None),
+        ("transferred", searched_setting(*place) if searched else None),
         ("published", None if published is None else replace(usual, hyper=published)),
         ("default", usual),
     ):
@@ -122,7 +124,8 @@ def make_config(
 ) -> RunConfig:
     """Make a run's config: the method's setting, and above it what the user says.
 
-    Where nothing was searched with the model, what was searched with the benchmark's own is used.
+    Where nothing was searched with the model, what was searched with the benchmark's own is used;
+    nothing was searched with another loss than the usual one.
 
     Args:
         benchmark: the benchmark's name.
@@ -133,14 +136,25 @@ def make_config(
         **fixed: other RunConfig fields that the user sets, such as ``epochs``.
 
     Raises:
-        UserError: an unknown hyper-parameter, a value out of range, or a model, scenario or
-            number of experiences that does not go with the benchmark.
+        UserError: an unknown hyper-parameter, a value out of range, a model, scenario or number
+            of experiences that does not go with the benchmark, or a scenario or loss that does not
+            go with the method.
     """
     spec = BENCHMARKS[benchmark]
+    loss = fixed.get("loss", USUAL_LOSS)
+    if loss not in LOSSES:
+        raise UserError(f"unknown loss {loss!r}; {nearest(loss, LOSSES)}")
+    if reason := why_not(method, scenario, loss):
+        raise UserError(reason)
+    usual_setting = Setting(spec.epochs, spec.batch_size, spec.published.get(method, {}))
     setting = (
-        searched_setting(benchmark, scenario, method, fixed.get("model"))
-        or searched_setting(benchmark, scenario, method)
-        or Setting(spec.epochs, spec.batch_size, spec.published.get(method, {}))
+        (
+            searched_setting(benchmark, scenario, method, fixed.get("model"))
+            or searched_setting(benchmark, scenario, method)
+            or usual_setting
+        )
+        if loss == USUAL_LOSS
+        else usual_setting
     )
     values = {**METHODS[method].defaults, **setting.hyper, **(hyper or {})}
     require_known(method, values)
@@ -172,7 +186,7 @@ def _require_builds(config: RunConfig) -> None:
     """Have the method check its own arguments: better now than in the middle of a comparison."""
     from torch import nn
 
-    common = {"criterion": nn.CrossEntropyLoss()}
+    common = {"criterion": make_loss(config.loss)}
     try:
         METHODS[config.method].build(nn.Linear(1, 1), config.hyper, common)
     except (ValueError, TypeError) as error:

@@ -34,6 +34,7 @@ from avalanche_classp.optim.optimizer import NonFiniteGradientError
 from ..errors import DivergedError, UserError
 from ..protocol.benchmarks import BENCHMARKS, make_benchmark
 from ..protocol.config import RunConfig
+from ..protocol.losses import make_loss
 from ..protocol.methods import METHODS
 from ..protocol.models import make_model
 from ..protocol.tuned_settings import source_of
@@ -107,7 +108,7 @@ def _run(
         model,
         config.hyper,
         {
-            "criterion": nn.CrossEntropyLoss(),
+            "criterion": make_loss(config.loss, METHODS[config.method].has_old_samples),
             "train_mb_size": config.batch_size,
             "eval_mb_size": EVAL_BATCH_SIZE,
             "device": device,

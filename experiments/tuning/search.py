@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ def search(
     jobs: int = 1,
     finalists: int = 0,
     finalist_seeds: int = 3,
+    held: Mapping[str, Hyper] | None = None,
     **fixed: Any,
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
@@ -83,6 +84,7 @@ def search(
         jobs: methods searched at the same time.
         finalists: how many trials of each method are run with more seeds.
         finalist_seeds: with how many more.
+        held: by method, hyper-parameters that are not searched, with their values.
         **fixed: other RunConfig fields for every trial, such as ``model``.
 
     Returns:
@@ -94,7 +96,8 @@ def search(
     """
     place, seed = (benchmark, scenario), FIRST_TUNING_SEED
     for method in methods:  # wrong arguments are refused before anything is written
-        make_config(*place, method, seed, validation=True, train_share=train_share, **fixed)
+        hyper = (held or {}).get(method)
+        make_config(*place, method, seed, hyper, validation=True, train_share=train_share, **fixed)
     make_folder(folder)
     require_data(benchmark, scenario, data_root)
     arguments = {
@@ -111,13 +114,14 @@ def search(
         open_study(method, folder)  # it is read at the end: one that cannot be read is known now
     for method in methods:
         study = open_study(method, folder)
-        before = study.user_attrs.get("arguments", arguments)
-        if before != arguments:
+        own = {"held": dict(held[method])} if held and method in held else {}
+        before = study.user_attrs.get("arguments", arguments | own)
+        if before != arguments | own:
             raise UserError(
                 f"{folder} holds a search of {method} with other arguments ({before}); give "
                 f"another --output"
             )
-        study.set_user_attr("arguments", arguments)
+        study.set_user_attr("arguments", arguments | own)
     tasks = [(method, folder, trials, finalists, finalist_seeds, data_root) for method in methods]
     with (
         closing(in_processes(_search_method, tasks, jobs)) as ended,
@@ -191,7 +195,7 @@ def _objective(trial: Trial, data_root: Path | None) -> float:
     study = trial.study
     arguments = study.user_attrs["arguments"]
     epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-    hyper = METHODS[study.study_name].space(trial)
+    hyper = METHODS[study.study_name].space(trial) | arguments.get("held", {})
     trial.set_user_attr("hyper", hyper)
     values: list[float] = []
     for seed in range(arguments["tuning_seeds"]):

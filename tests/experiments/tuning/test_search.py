@@ -68,6 +68,24 @@ def test_search_takes_other_choices_of_epochs(tmp_path):
     assert main([*words, "--epochs-choices", "4"]) == 2  # another search's folder
 
 
+def test_search_holds_what_is_set_and_takes_another_loss(tmp_path, monkeypatch):
+    configs = []
+
+    def note(config, *rest, **options):
+        configs.append(config)
+        return run(config, *rest, **options)
+
+    monkeypatch.setattr("experiments.tuning.search.run", note)
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
+    words = ["search", "--methods", "ewc", "--trials", "2", "--tuning-seeds", "1"]
+    words += ["--output", str(tmp_path), "--train-share", "0.2", "--loss", "squared-error"]
+    assert main([*words, "--set", "ewc.ewc_lambda=7", "--finalists", "1"]) == 0
+    assert {config.hyper["ewc_lambda"] for config in configs} == {7.0}
+    assert {config.loss for config in configs} == {"squared-error"}
+    assert len({config.hyper["lr"] for config in configs}) == 2
+    assert main([*words, "--set", "ewc.ewc_lambda=8"]) == 2  # another search's folder
+
+
 def test_search_runs_its_trials_on_the_device(tmp_path, monkeypatch):
     devices = []
 
