@@ -116,7 +116,8 @@ def _adagrad(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     from avalanche.training import Naive
     from torch.optim import Adagrad
 
-    optimizer = Adagrad(model.parameters(), lr=float(hyper["lr"]))
+    lr, initial = float(hyper["lr"]), float(hyper["initial_accumulator_value"])
+    optimizer = Adagrad(model.parameters(), lr=lr, initial_accumulator_value=initial)
     return Naive(model=model, optimizer=optimizer, **common)
 
 
@@ -214,6 +215,80 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     return CLASSP(model=model, phases=phases, history=history, fused=False, **own, **common)
 
 
+# Where the methods below differ from their papers:
+# - NCM and FeCAM average an old mean, or covariance, with a new one of the same class, as halves.
+# - LFL's penalty is the mean over the features (the paper: half the sum), so lambda_e is larger.
+# - CWR* leaves the biases of the head as they are trained.
+# - PackNet freezes biases after the first experience, as in the paper; heads are not pruned.
+
+
+def _ncm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from avalanche.training.plugins import CurrentDataNCMUpdate
+
+    from .avalanche_fixes import FixedNCMClassifier
+
+    return _prototypes(model, hyper, common, FixedNCMClassifier(), CurrentDataNCMUpdate())
+
+
+def _fecam(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from avalanche.training.plugins import CurrentDataFeCAMUpdate
+
+    from .avalanche_fixes import FixedFeCAMClassifier
+
+    return _prototypes(model, hyper, common, FixedFeCAMClassifier(), CurrentDataFeCAMUpdate())
+
+
+def _prototypes(
+    model: nn.Module, hyper: Hyper, common: dict[str, Any], head: Any, update: Any
+) -> Any:
+    from .avalanche_fixes import FixedFeatureDistillationPlugin
+    from .prototypes import WithPrototypes
+
+    distillation = FixedFeatureDistillationPlugin(alpha=float(hyper["alpha"]))
+    return _on_sgd(WithPrototypes(model, head), hyper, common, distillation, update)
+
+
+def _lfl(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from avalanche.models.utils import FeatureExtractorModel
+
+    from .avalanche_fixes import FixedLFLPlugin
+    from .prototypes import split
+
+    plugin = FixedLFLPlugin(lambda_e=float(hyper["lambda_e"]))
+    return _on_sgd(FeatureExtractorModel(*split(model)), hyper, common, plugin)
+
+
+def _cwr(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from avalanche.training.plugins import CWRStarPlugin
+
+    return _on_sgd(model, hyper, common, CWRStarPlugin(model))
+
+
+def _packnet(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from .avalanche_fixes import FixedPackNetModel, FixedPackNetPlugin
+    from .prototypes import split
+
+    for name in ("prune", "retrain"):
+        _require(0 < hyper[name] < 1, name, hyper[name], "between 0 and 1")
+    plugin = FixedPackNetPlugin(float(hyper["prune"]), float(hyper["retrain"]))
+    return _on_sgd(FixedPackNetModel(*split(model)), hyper, common, plugin)
+
+
+def _generative_replay(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from .avalanche_fixes import FixedGenerativeReplay
+    from .models import sizes_of
+
+    inputs, _, _ = sizes_of(model)
+    return FixedGenerativeReplay(
+        model=model,
+        optimizer=_sgd(model, hyper),
+        inputs=inputs,
+        latent=int(hyper["latent"]),
+        generator_lr=float(hyper["generator_lr"]),
+        **common,
+    )
+
+
 def _closed_form(head: Callable[[Hyper], Any]) -> Build:
     """Return a builder of a method that solves a head on features that never change."""
 
@@ -292,7 +367,7 @@ def _rate(low: float, high: float) -> Space:
 
 
 def _ewc_space(trial: BaseTrial) -> dict[str, Any]:
-    return {"ewc_lambda": _log(trial, "ewc_lambda", 1e-3, 1e7)}
+    return {"ewc_lambda": _log(trial, "ewc_lambda", 1e-3, 1e10)}
 
 
 def _si_space(trial: BaseTrial) -> dict[str, Any]:
@@ -314,6 +389,10 @@ def _lwf_space(trial: BaseTrial) -> dict[str, Any]:
         "alpha": _log(trial, "alpha", 1e-2, 1e2),
         "temperature": trial.suggest_float("temperature", 1.0, 4.0),
     }
+
+
+def _distilled_space(trial: BaseTrial) -> dict[str, Any]:
+    return {"alpha": _log(trial, "alpha", 1e-2, 1e3)}
 
 
 def _rwalk_space(trial: BaseTrial) -> dict[str, Any]:
@@ -384,9 +463,12 @@ METHODS = {
     ),
     "adagrad": Method(
         description="plain AdaGrad, its sums kept from experience to experience",
-        defaults={"lr": 0.001},
+        defaults={"lr": 0.001, "initial_accumulator_value": 0.0},
         build=_adagrad,
-        space=_rate(1e-5, 0.3),
+        space=lambda trial: {
+            **_rate(1e-5, 0.3)(trial),
+            "initial_accumulator_value": _log(trial, "initial_accumulator_value", 1e-12, 5.0),
+        },
         style=Style("#69599d", "s"),
     ),
     "adam": Method(
@@ -540,6 +622,62 @@ METHODS = {
             "share": trial.suggest_float("share", 0.8, 0.999),
         },
         usual=False,
+    ),
+    "ncm": Method(
+        description="nearest class mean of the features, SGD with feature distillation",
+        defaults={"lr": 0.01, "alpha": 100.0},  # Avalanche's 1 lets the features drift
+        build=_ncm,
+        space=_both(_sgd_space, _distilled_space),
+        usual=False,
+        scenarios=("class", "domain"),
+    ),
+    "fecam": Method(
+        description="FeCAM: nearest class by its own covariance, SGD with feature distillation",
+        defaults={"lr": 0.01, "alpha": 100.0},  # the paper's network is frozen
+        build=_fecam,
+        space=_both(_sgd_space, _distilled_space),
+        usual=False,
+        scenarios=("class", "domain"),
+    ),
+    "lfl": Method(
+        description="less-forgetful learning on SGD: features are held, the first head stays",
+        defaults={"lr": 0.01, "lambda_e": 1.0},
+        build=_lfl,
+        space=lambda trial: {**_sgd_space(trial), "lambda_e": _log(trial, "lambda_e", 1e-3, 1e3)},
+        usual=False,
+        scenarios=("class", "domain"),
+    ),
+    "cwr": Method(
+        description="CWR*: the network learns once, then each class's weights of the head",
+        defaults={"lr": 0.01},
+        build=_cwr,
+        space=_sgd_space,
+        usual=False,
+        scenarios=("class", "domain"),
+    ),
+    "packnet": Method(
+        description="PackNet on SGD: each task keeps its largest weights for itself",
+        defaults={"lr": 0.01, "prune": 0.5, "retrain": 1 / 3},
+        build=_packnet,
+        space=lambda trial: {
+            **_sgd_space(trial),
+            "prune": trial.suggest_float("prune", 0.3, 0.9),
+        },
+        usual=False,
+        scenarios=("task",),
+    ),
+    "generative-replay": Method(
+        description="SGD with samples in each mini-batch that an autoencoder makes up",
+        defaults={"lr": 0.05, "latent": 16, "generator_lr": 0.003},
+        build=_generative_replay,
+        space=lambda trial: {
+            **_sgd_space(trial),
+            "latent": trial.suggest_int("latent", 2, 64, log=True),
+            "generator_lr": _log(trial, "generator_lr", 1e-4, 0.03),
+        },
+        usual=False,
+        family=GENERATES,
+        scenarios=("class", "domain"),
     ),
 }
 """All methods by name."""

@@ -235,9 +235,10 @@ def test_with_matrices_a_baseline_is_ours_until_its_penalty_begins(method):
 
 def test_the_defaults_learn_too():
     for method, spec in METHODS.items():
-        strategy = spec.build(network("mlp", "domain"), spec.defaults, arguments(train_epochs=10))
-        strategy.train(next(iter(images("domain").train_stream)), eval_streams=[])
-        accuracy = strategy.eval(images("domain").test_stream[:1])
+        scenario = "domain" if "domain" in spec.scenarios else "task"
+        strategy = spec.build(network("mlp", scenario), spec.defaults, arguments(train_epochs=10))
+        strategy.train(next(iter(images(scenario).train_stream)), eval_streams=[])
+        accuracy = strategy.eval(images(scenario).test_stream[:1])
         assert min(v for k, v in accuracy.items() if "Acc_Exp/eval" in k) > 0.7, method
 
 
@@ -269,6 +270,7 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
 @pytest.mark.parametrize(
     ("method", "hyper"),
     [
+        ("adagrad", {"initial_accumulator_value": 0.1}),
         ("adam", {"beta1": 0.5}),
         ("adam", {"beta2": 0.9}),
         ("adam", {"eps": 0.1}),
@@ -300,12 +302,20 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("ridge", {"width": 50}),
         ("owm", {"alpha": 0.01}),
         ("gpm", {"share": 0.85}),
+        ("ncm", {"alpha": 1.0}),
+        ("fecam", {"alpha": 1.0}),
+        ("lfl", {"lambda_e": 100.0}),
+        ("packnet", {"prune": 0.9}),
+        ("packnet", {"retrain": 0.9}),
+        ("generative-replay", {"latent": 3}),
+        ("generative-replay", {"generator_lr": 0.1}),
     ],
 )
 def test_every_hyper_parameter_has_an_effect(method, hyper):
-    strategy = build(method, network("mlp", "class"), hyper)
-    follow(strategy, images("class"))
-    with_default = learnt_once(method, "class", "mlp")[1]
+    scenario = METHODS[method].scenarios[0]
+    strategy = build(method, network("mlp", scenario), hyper)
+    follow(strategy, images(scenario))
+    with_default = learnt_once(method, scenario, "mlp")[1]
     assert not same(dict(strategy.model.state_dict()), with_default)
 
 
@@ -313,7 +323,7 @@ def test_every_hyper_parameter_of_the_baselines_is_tested_above():
     marks = test_every_hyper_parameter_has_an_effect.pytestmark
     cases = next(m.args[1] for m in marks if m.name == "parametrize")
     tested = {(method, key) for method, hyper in cases for key in hyper}
-    for method in set(USUAL) - {"classp"}:
+    for method in set(METHODS) - set(WITH_MATRICES) - {"classp"}:
         assert {(method, key) for key in METHODS[method].defaults if key != "lr"} <= tested
 
 
@@ -969,6 +979,7 @@ def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
         "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
         "classp-inputs classp-consolidated class-means slda ridge owm gpm "
+        "ncm fecam lfl cwr packnet generative-replay "
         "ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
     for spec in METHODS.values():
