@@ -182,7 +182,7 @@ class Hyperparameters(TypedDict, total=False):
             "numbers for each input of a layer.",
             _count,
             None,
-            {"gradients": 128, "inputs": 128},
+            {"gradients": 128, "inputs": 64},
             only=("gradients", "inputs"),
         ),
     ]

@@ -16,8 +16,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from avalanche_classp.optim import state_dict as saved
 from avalanche_classp.optim.accumulators import KINDS, Accumulator, Update, kind_for, kind_of
-from avalanche_classp.optim.accumulators.base import DTYPES, has_values
-from avalanche_classp.optim.accumulators.inputs import observe_
+from avalanche_classp.optim.accumulators.base import DTYPES, Reduce, has_values
+from avalanche_classp.optim.accumulators.inputs import observe_, rows_wanted
 from avalanche_classp.optim.backends import find_nonfinite
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
@@ -29,7 +29,7 @@ from avalanche_classp.optim.hyperparameters import (
 )
 from avalanche_classp.optim.rule import rule_of
 from avalanche_classp.optim.sharding import bad_anywhere, is_dtensor, local_gradient
-from avalanche_classp.optim.watch import Watcher, WatchReport, find_layers
+from avalanche_classp.optim.watch import Layer, Watcher, WatchReport, find_layers, rows_of
 
 __all__ = ["CLASSPOptimizer", "NonFiniteGradientError"]
 
@@ -156,6 +156,7 @@ class CLASSPOptimizer(Optimizer):
     _biases: dict[Tensor, Tensor | None] = {}  # noqa: RUF012 -- replaced, never changed
     """Watched weights, each with the bias that moves with it."""
     _watchers: list[Watcher] = []  # noqa: RUF012 -- likewise
+    _reduce: Reduce | None = None
 
     def __init__(
         self,
@@ -313,7 +314,8 @@ class CLASSPOptimizer(Optimizer):
                 if id(entry.param) in with_weight:
                     continue
                 bias = self._biases.get(entry.param)
-                update = Update(entry.param, entry.grad, self._state_of(entry), bias)
+                state = self._state_of(entry)
+                update = Update(entry.param, entry.grad, state, bias, self._reduce)
                 updates.setdefault((entry.group_index, entry.kind), []).append(update)
             for (group_index, kind), some in updates.items():
                 group = self.param_groups[group_index]
@@ -358,6 +360,8 @@ class CLASSPOptimizer(Optimizer):
             watcher.remove()
         covered: set[int] = set()
         self._biases, self._watchers = {}, []
+        parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        self._reduce = Reduce(model.process_group) if parallel else None
         for layer in find_layers(model):
             group = groups.get(id(layer.weight))
             if group is None:
@@ -366,7 +370,7 @@ class CLASSPOptimizer(Optimizer):
             together = bias is not None and groups.get(id(bias)) is group
             self._biases[layer.weight] = bias if together else None
             covered |= {id(layer.weight), *([id(bias)] if together else [])}
-            self._watchers.append(Watcher(layer, model, self._observe))
+            self._watchers.append(Watcher(layer, self._observe))
         report = WatchReport()
         for key, name in names.items():
             if key in covered:
@@ -380,18 +384,19 @@ class CLASSPOptimizer(Optimizer):
             )
         return report
 
-    def _observe(self, weight: Tensor, inputs: list[Tensor], reduce: Any) -> None:
+    def _observe(self, layer: Layer, args: tuple[Any, ...], call: int) -> None:
         """Accumulate what a layer was given."""
+        weight, kind = layer.weight, KINDS["inputs"]
         group = next(g for g in self.param_groups if any(p is weight for p in g["params"]))
-        state, kind, bias = self.state[weight], KINDS["inputs"], self._biases[weight]
+        state = self.state[weight]
         if kind.key not in state:
-            state.update(kind.new(weight, group, bias))
+            state.update(kind.new(weight, group, self._biases[weight]))
         kind.fit_(state, weight, group)
-        for rows in inputs:
+        for rows in rows_of(layer.module, args, rows_wanted(state), call):
             rows = rows.to(state["basis"])
             if state["constant"]:
                 rows = torch.nn.functional.pad(rows, (1, 0), value=1.0)
-            observe_(state, rows, reduce)
+            observe_(state, rows)
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:
@@ -467,7 +472,7 @@ class CLASSPOptimizer(Optimizer):
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
                 state = self.state.get(p)
-                if kind is KINDS["inputs"] and not state:
+                if kind is KINDS["inputs"] and not state and not self._reduce:
                     raise RuntimeError(
                         f"{where} has a gradient, but its layer's inputs were never seen: call the "
                         f"layer itself, in training mode, after watch; or put the parameter into a "

@@ -12,10 +12,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__ = ["WatchReport", "Watcher", "find_layers", "rows_of"]
 
-Observe = Callable[[Tensor, list[Tensor], Any], None]
-
-MOST_ROWS = 512
-"""Rows that are taken of a mini-batch with more positions than that, drawn at random."""
 
 INPUTS = ("input", "query", "key", "value")
 """The names of inputs that are given by keyword, in the order of the layers' arguments."""
@@ -49,19 +45,19 @@ class Layer:
     bias: Tensor | None
 
 
+Observe = Callable[[Layer, tuple[Any, ...], int], None]
+
+
 class Watcher:
     """A forward hook on one layer.
 
     Args:
         layer: the layer.
-        model: the model that it is of; processes of DistributedDataParallel share what they see.
-        observe: called with the weight, the rows of each input, and how processes reduce sums.
+        observe: called with the layer, the arguments of a call, and the number of the call.
     """
 
-    def __init__(self, layer: Layer, model: nn.Module, observe: Observe) -> None:
-        self.layer, self.observe, self.calls = layer, observe, 0
-        parallel = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.reduce = Reduce(model.process_group) if parallel else None
+    def __init__(self, layer: Layer, observe: Observe) -> None:
+        self.layer, self.observe, self.calls, self.unrepeated = layer, observe, 0, 0
         self.handle = layer.module.register_forward_pre_hook(self, with_kwargs=True)
 
     def remove(self) -> None:
@@ -73,11 +69,15 @@ class Watcher:
         # A copy of the model has this hook, too.
         if module is not self.layer.module or not (module.training and torch.is_grad_enabled()):
             return
+        if torch._C._current_graph_task_id() != -1 and self.unrepeated:
+            self.unrepeated -= 1  # activation checkpointing repeats a call in the backward pass
+            return
         device_type = self.layer.weight.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             self.calls += 1
+            self.unrepeated += 1
             given = (*args, *(keywords[name] for name in INPUTS if name in keywords))
-            self.observe(self.layer.weight, rows_of(module, given, self.calls), self.reduce)
+            self.observe(self.layer, given, self.calls)
 
     # What torch.compiler.disable sets, whose import takes seconds.
     __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -94,23 +94,6 @@ class Watcher:
 class _Blind:
     def __call__(self, *args: Any) -> None:
         """Do nothing."""
-
-
-class Reduce:
-    """The mean of sums over the processes of a group, and one process's tensors in all."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def mean_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the processes."""
-        torch.distributed.all_reduce(tensor, group=self.group)
-        tensor /= torch.distributed.get_world_size(self.group)
-
-    def same_(self, tensor: Tensor) -> None:
-        """Replace a tensor by that of the first process."""
-        first = torch.distributed.get_global_rank(self.group, 0)
-        torch.distributed.broadcast(tensor, first, group=self.group)
 
 
 def find_layers(model: nn.Module) -> Iterator[Layer]:
@@ -144,7 +127,9 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return found if isinstance(found, nn.Parameter) else None
 
 
-def rows_of(module: nn.Module, args: tuple[Any, ...], seed: int = 0) -> list[Tensor]:
+def rows_of(
+    module: nn.Module, args: tuple[Any, ...], most: int = 512, seed: int = 0
+) -> list[Tensor]:
     """Return what a layer's weight is multiplied with in a call, as rows of shape (rows, inputs).
 
     One tensor for each input: attention has queries, keys and values.
@@ -152,33 +137,30 @@ def rows_of(module: nn.Module, args: tuple[Any, ...], seed: int = 0) -> list[Ten
     Args:
         module: the layer.
         args: the arguments of the call.
-        seed: draws the rows where there are more than :data:`MOST_ROWS`.
+        most: rows that are enough; there may be up to twice as many.
+        seed: says which are taken where there are more.
     """
     if isinstance(module, nn.MultiheadAttention):
         distinct = {id(x): x for x in args[:3]}
-        return [_few(x.detach().flatten(0, -2), seed) for x in distinct.values()]
+        return [_few(x.detach().flatten(0, -2), most, seed) for x in distinct.values()]
     x = args[0].detach()
     if isinstance(module, nn.Linear):
-        return [_few(x.reshape(-1, x.shape[-1]), seed)]
+        return [_few(x.reshape(-1, x.shape[-1]), most, seed)]
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return [_patches(module, x, seed)]
+    return [_patches(module, x, most, seed)]
 
 
-def _few(rows: Tensor, seed: int) -> Tensor:
-    return rows if len(rows) <= MOST_ROWS else rows[_drawn(len(rows), rows.device, seed)]
+def _few(rows: Tensor, most: int, seed: int) -> Tensor:
+    apart = max(1, len(rows) // most)
+    return rows[seed % apart :: apart]
 
 
-def _drawn(count: int, device: torch.device, seed: int) -> Tensor:
-    """Draw places with a generator of its own: the user's random numbers stay as they are."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randint(count, (MOST_ROWS,), generator=generator, device="cpu").to(device)
-
-
-def _patches(module: Any, x: Tensor, seed: int) -> Tensor:
+def _patches(module: Any, x: Tensor, most: int, seed: int) -> Tensor:
     """Return patches at random positions; of a grouped convolution each group's are rows."""
     size = len(module.kernel_size)
     if x.dim() == size + 1:
         x = x[None]
+    x = _few(x, most, seed)
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
@@ -193,8 +175,10 @@ def _patches(module: Any, x: Tensor, seed: int) -> Tensor:
     positions = x.shape[2 : 2 + size]
     x = x.movedim(1, 1 + size)
     count = batch * positions.numel()
-    if count > MOST_ROWS:
-        chosen = _drawn(count, x.device, seed)
+    if count > most:
+        # A generator of its own: the user's random numbers stay as they are.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        chosen = torch.randint(count, (most,), generator=generator, device="cpu").to(x.device)
         x = x[tuple(torch.unravel_index(chosen, (batch, *positions)))]
     rows = x.reshape(-1, channels, *module.kernel_size)
     return rows.reshape(len(rows) * module.groups, -1)

@@ -568,7 +568,7 @@ METHODS = {
     ),
     "classp-inputs": Method(
         description="CLASSP with a history of inputs, an extension: what layers were given counts",
-        defaults={"lr": 0.1, "threshold": 0.0, "epsilon": 30.0, "power": 1.0, "rank": 128},
+        defaults={"lr": 0.1, "threshold": 0.0, "epsilon": 30.0, "power": 1.0, "rank": 64},
         build=_classp,
         space=_inputs_space,
         style=Style("#009e73", "*"),

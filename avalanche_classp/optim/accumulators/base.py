@@ -13,12 +13,42 @@ from torch._subclasses.fake_tensor import FakeTensor
 from avalanche_classp.optim.rule import Rule, accumulator_dtype, largest_usable_gradient
 from avalanche_classp.optim.sharding import local
 
-__all__ = ["Accumulator", "State", "Update", "has_values", "require_numbers", "require_type"]
+__all__ = [
+    "Accumulator",
+    "Reduce",
+    "State",
+    "Update",
+    "has_values",
+    "require_numbers",
+    "require_type",
+]
 
 State = dict[str, Any]
 """What an optimizer's ``state`` holds of one parameter."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Reduce:
+    """The mean of sums over the processes of a group, and one process's tensors in all."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    @property
+    def rank(self) -> int:
+        """The place of this process in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    def mean_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the processes."""
+        torch.distributed.all_reduce(tensor, group=self.group)
+        tensor /= torch.distributed.get_world_size(self.group)
+
+    def same_(self, tensor: Tensor) -> None:
+        """Replace a tensor by that of the first process."""
+        first = torch.distributed.get_global_rank(self.group, 0)
+        torch.distributed.broadcast(tensor, first, group=self.group)
 
 
 class Update(NamedTuple):
@@ -29,12 +59,14 @@ class Update(NamedTuple):
         grad: its gradient; of a DTensor this process's part, summed over the processes.
         state: its state, with a history of the kind.
         bias: of a weight whose inputs are watched, the bias that moves with it.
+        reduce: how the processes that train one model share what each has seen.
     """
 
     param: Tensor
     grad: Tensor
     state: State
     bias: Tensor | None = None
+    reduce: Reduce | None = None
 
 
 class Accumulator(ABC):

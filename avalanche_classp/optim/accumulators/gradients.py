@@ -210,7 +210,7 @@ class GradientsAccumulator(Accumulator):
 
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Apply :func:`matrix_update_` to each."""
-        for param, grad, state, _ in updates:
+        for param, grad, state, *_ in updates:
             matrix_update_(param, grad, state, rule)
 
     def fit_(self, state: State, param: Tensor, group: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from avalanche_classp.optim.accumulators.base import (
     Accumulator,
+    Reduce,
     State,
     Update,
     require_numbers,
@@ -38,13 +39,19 @@ from avalanche_classp.optim.accumulators.base import (
 from avalanche_classp.optim.rule import Rule, accumulator_dtype, apply_threshold
 from avalanche_classp.optim.sharding import is_dtensor
 
-__all__ = ["InputsAccumulator", "new_moments", "observe_"]
+__all__ = ["InputsAccumulator", "new_moments", "observe_", "rows_wanted"]
 
 EVERY = 25
 """Steps between renewals of basis and root; fewer at the beginning: 1, 2, 4, 8, 16."""
 
-NEW_DIRECTIONS = 128
-"""Random combinations of a mini-batch's rows that a renewal may take into the basis."""
+NEW_DIRECTIONS = 32
+"""Directions that a renewal may take into the basis, the largest of a mini-batch's."""
+
+MANY_ROWS, FEW_ROWS = 512, 32
+"""Rows of a mini-batch that are enough: for exact moments and new directions; for the others."""
+
+CANDIDATES = 128
+"""Rows among which it looks for them; of more, random combinations."""
 
 
 def new_moments(param: Tensor, rank: int, constant: bool) -> State:
@@ -57,8 +64,9 @@ def new_moments(param: Tensor, rank: int, constant: bool) -> State:
 
     Returns:
         ``basis``, V of shape (inputs, directions); ``moments``, S; ``rest``, the sum of what lies
-        outside of V; ``factor``, the root in V's directions, and ``free``, that of the others;
-        ``step`` and ``renewed``, the steps taken and those at the last renewal; ``constant``.
+        outside of V; ``factor``, the root for each direction of V, and ``free``, that of all
+        others; ``step`` and ``renewed``, the steps taken and those at the last renewal;
+        ``constant``. Before a renewal ``rows`` holds the mini-batches' rows.
     """
     inputs = param.shape[1:].numel() + constant
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
@@ -67,12 +75,18 @@ def new_moments(param: Tensor, rank: int, constant: bool) -> State:
         "basis": torch.eye(inputs, directions, **kind),
         "moments": torch.zeros(directions, directions, **kind),
         "rest": torch.zeros((), **kind),
-        "factor": torch.eye(directions, **kind),
-        "free": torch.ones((), **kind),
+        "factor": torch.ones(directions, **kind),
+        "free": 1.0,
         "step": 0,
         "renewed": -1,
         "constant": constant,
     }
+
+
+def is_whole(state: Mapping[str, Any]) -> bool:
+    """Tell whether the basis has as many directions as there are inputs: nothing is lost."""
+    inputs, directions = state["basis"].shape
+    return inputs == directions
 
 
 def is_due(state: Mapping[str, Any]) -> bool:
@@ -81,86 +95,111 @@ def is_due(state: Mapping[str, Any]) -> bool:
     return since >= min(EVERY, max(1, state["renewed"]))
 
 
+def rows_wanted(state: Mapping[str, Any]) -> int:
+    """Return how many rows of the next mini-batch are enough, about."""
+    return MANY_ROWS if is_whole(state) or is_due(state) else FEW_ROWS
+
+
 @torch.no_grad()
-def observe_(state: State, rows: Tensor, reduce: Any = None) -> None:
+def observe_(state: State, rows: Tensor) -> None:
     """Add the mean of x xᵀ over the rows of a mini-batch.
 
     Args:
         state: :func:`new_moments`'s; changed in place.
         rows: of shape (rows, inputs). What is not finite does not count.
-        reduce: a :class:`~avalanche_classp.optim.watch.Reduce` of the processes that share the
-            state. Default: none do.
     """
-    basis = state["basis"]
-    whole = basis.shape[0] == basis.shape[1]
-    if not whole and is_due(state):
-        _renew_basis_(state, rows)
-        for name in ("basis", "moments", "rest") if reduce else ():
-            reduce.same_(state[name])
-        basis = state["basis"]
-    inside = rows if whole else rows @ basis
+    inside = rows @ state["basis"]
     moments = inside.T @ inside / len(rows)
-    rest = (rows.square().sum() - inside.square().sum()).clamp_min(0) / len(rows)
-    if reduce:
-        reduce.mean_(moments)
-        reduce.mean_(rest)
-    usable = moments.isfinite().all() & rest.isfinite()
+    rest = rows.square().sum() / len(rows) - moments.trace()
+    usable = rest.isfinite()
     state["moments"] += torch.where(usable, moments, 0.0)
     state["rest"] += torch.where(usable, rest, 0.0)
+    if is_due(state) and not is_whole(state):
+        rows = torch.where(usable, rows, 0.0)
+        state["rows"] = torch.cat([state["rows"], rows]) if "rows" in state else rows
 
 
-def _renew_basis_(state: State, rows: Tensor) -> None:
-    """Take the directions of rows that lie outside of the basis into it, for the least in it."""
-    basis, moments = state["basis"], state["moments"]
-    directions = basis.shape[1]
-    most = min(NEW_DIRECTIONS, len(basis) - directions)
-    if len(rows) > most:
-        generator = torch.Generator("cpu").manual_seed(state["step"])
-        mix = torch.randn(most, len(rows), generator=generator, device="cpu")
-        rows = mix.to(rows) @ rows
-    outside = rows - rows @ basis @ basis.T
-    outside = torch.where(outside.square().sum().isfinite(), outside, 0.0)
-    new, triangle = torch.linalg.qr(outside.T)
-    # These rows stand for all that has been outside; before anything was, they count for nothing.
-    share = state["rest"] / triangle.square().sum().clamp_min(1e-30)
-    extended = torch.block_diag(moments, triangle @ triangle.T * share.clamp_min(1e-12))
-    # In float64: in float32 it may not converge where most of the matrix is almost zero.
-    values, vectors = (found.to(basis) for found in torch.linalg.eigh(extended.double()))
-    total = moments.trace() + state["rest"]
-    kept = torch.cat([basis, new], 1) @ vectors[:, -directions:]
-    # Rounding adds up over renewals.
-    kept, triangle = torch.linalg.qr(kept)
-    state["basis"] = torch.where(triangle.diagonal() < 0, -kept, kept)
-    state["moments"] = torch.diag(values[-directions:].clamp_min(0))
-    state["rest"] = (total - state["moments"].trace()).clamp_min(0)
+def shrink(moments: Tensor, rule: Rule) -> Tensor:
+    """Return (1 + moments / epsilon)^(-1/power), what a step is multiplied with."""
+    return (1 + moments / rule.epsilon) ** (-1 / rule.power)
 
 
-def renew_root_(state: State, rule: Rule) -> None:
-    """Make ``factor`` and ``free`` from the moments: (I + A / epsilon)^(-1/power)."""
-    moments, basis = state["moments"], state["basis"]
+def renew_(state: State, rule: Rule, reduce: Reduce | None = None) -> None:
+    """Turn the basis to A's eigenvectors, with new ones for the least, and take A's root.
+
+    Args:
+        state: :func:`new_moments`'s; changed in place.
+        rule: the hyper-parameters.
+        reduce: how the processes that train one model share what each has seen. Default: there is
+            one process.
+    """
+    basis, moments, rest = state["basis"], state["moments"], state["rest"]
     inputs, directions = basis.shape
-    scaled = moments / rule.epsilon
-    identity = torch.eye(directions, dtype=moments.dtype, device=moments.device)
-    if rule.power == 1:
-        state["factor"] = torch.cholesky_inverse(torch.linalg.cholesky(identity + scaled))
-    else:
-        values, vectors = torch.linalg.eigh(scaled)
-        roots = (1 + values.clamp_min(0)) ** (-1 / rule.power)
-        state["factor"] = (vectors * roots) @ vectors.T
-    mean = state["rest"] / max(inputs - directions, 1)
-    state["free"] = (1 + mean / rule.epsilon) ** (-1 / rule.power)
-    state["renewed"] = state["step"]
+    rows = state.pop("rows", basis.new_zeros(0, inputs))
+    if reduce or len(rows) > CANDIDATES:
+        # A generator of its own: the user's random numbers stay as they are.
+        seed = state["step"] + (reduce.rank << 32 if reduce else 0)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        mix = torch.randn(CANDIDATES, len(rows), generator=generator, device="cpu")
+        rows = mix.to(rows) @ rows
+    if reduce:
+        for tensor in (moments, rest, rows):
+            reduce.mean_(tensor)
+    outside = rows - rows @ basis @ basis.T
+    energy = outside.square().sum()
+    # In float64: in float32 it may not converge where most of the matrix is almost zero.
+    _, vectors = torch.linalg.eigh((outside @ outside.T).double())
+    most = min(NEW_DIRECTIONS, len(rows), inputs - directions)
+    largest = vectors[:, len(rows) - most :].to(rows)
+    new, triangle = torch.linalg.qr(outside.T @ largest)
+    # These rows stand for all that has been outside; before anything was, they count for nothing.
+    share = rest.clamp_min(0) / energy.clamp_min(1e-30)
+    extended = torch.block_diag(moments, triangle @ triangle.T * share.clamp_min(1e-12))
+    values, vectors = (found.to(basis) for found in torch.linalg.eigh(extended.double()))
+    # Rounding adds up over renewals.
+    basis, _ = torch.linalg.qr(torch.cat([basis, new], 1) @ vectors[:, -directions:])
+    if reduce:
+        for tensor in (basis, values):
+            reduce.same_(tensor)
+    values = values[-directions:].clamp_min(0)
+    rest = (moments.trace() + rest - values.sum()).clamp_min(0)
+    others = torch.maximum(rest / max(inputs - directions, 1), values[0] / 2)
+    state |= {
+        "basis": basis,
+        "moments": torch.diag(values),
+        "rest": rest,
+        "factor": shrink(values, rule),
+        "free": shrink(others, rule).item(),
+        "renewed": state["step"],
+    }
 
 
-def precondition(gradient: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """Return G (I + A / epsilon)^(-1/power) for G of shape (outputs, inputs)."""
-    basis, factor, free = state["basis"], state["factor"], state["free"]
-    if basis.shape[0] == basis.shape[1]:  # the identity
-        return gradient @ factor
-    inside = gradient @ basis
-    # linear and not addmm, which is many times as slow with a transposed basis on a CPU.
-    inside = inside @ factor - free * inside
-    return torch.nn.functional.linear(inside, basis).add_(gradient * free)
+def descend_(
+    weight: Tensor,
+    bias: Tensor | None,
+    gradients: tuple[Tensor, Tensor | None],
+    state: Mapping[str, Any],
+    step: float,
+) -> None:
+    """Add step · G (I + A / epsilon)^(-1/power) to [W b].
+
+    Args:
+        weight: W, of shape (outputs, inputs); changed in place.
+        bias: b, or None if it does not move.
+        gradients: G in two parts, the weight's and the bias's.
+        state: :func:`new_moments`'s.
+        step: the learning rate with its sign.
+    """
+    V, free = state["basis"], state["free"]
+    G, g = gradients
+    ones, V = V[0], V[int(state["constant"]) :]
+    inside = G @ V
+    if g is not None:
+        inside += g[:, None] * ones
+    inside *= state["factor"] - free
+    weight.add_(G, alpha=step * free).addmm_(inside, V.T, alpha=step)
+    if bias is not None and g is not None:
+        bias.add_(g * free + inside @ ones, alpha=step)
 
 
 class InputsAccumulator(Accumulator):
@@ -185,25 +224,31 @@ class InputsAccumulator(Accumulator):
 
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Renew the root where it is due, precondition, and step; a bias moves with its weight."""
-        for param, grad, state, bias in updates:
-            if state["moments"].numel() and is_due(state):
-                renew_root_(state, rule)
+        for param, grad, state, bias, reduce in updates:
+            if is_due(state):
+                renew_(state, rule, reduce)
             state["step"] += 1
-            limit = self.limit(param, rule.power)
-            G = apply_threshold(grad.flatten(1), state["basis"].dtype, rule, limit=limit)
-            if state["constant"]:
-                g = G.new_zeros(len(G))
-                if bias is not None and bias.grad is not None:
-                    g = apply_threshold(bias.grad, G.dtype, rule, limit=limit)
-                G = torch.cat([g[:, None], G], 1)
-            U = precondition(G, state) if rule.apply_decay else G
-            if rule.threshold > 0 or rule.skip_nonfinite:
-                U = torch.where(G == 0, 0.0, U)
-            if state["constant"]:
-                if bias is not None:
-                    bias.add_(U[:, 0], alpha=rule.step)
-                U = U[:, 1:]
-            param.add_(U.reshape(param.shape), alpha=rule.step)
+            dtype, limit = state["basis"].dtype, self.limit(param, rule.power)
+            G = apply_threshold(grad.flatten(1), dtype, rule, limit=limit)
+            g = None
+            if state["constant"] and bias is not None and bias.grad is not None:
+                g = apply_threshold(bias.grad, dtype, rule, limit=limit)
+            # The parameter's own memory, if it lies there in this order and dtype.
+            weight = param.flatten(1).to(dtype)
+            if not rule.apply_decay:
+                weight.add_(G, alpha=rule.step)
+                if bias is not None and g is not None:
+                    bias.add_(g, alpha=rule.step)
+            elif rule.threshold > 0 or rule.skip_nonfinite:
+                U, u = torch.zeros_like(G), None if g is None else torch.zeros_like(g)
+                descend_(U, u, (G, g), state, rule.step)
+                weight.add_(U.masked_fill_(G == 0, 0))
+                if bias is not None and g is not None and u is not None:
+                    bias.add_(u.masked_fill_(g == 0, 0))
+            else:
+                descend_(weight, bias, (G, g), state, rule.step)
+            if weight.data_ptr() != param.data_ptr():
+                param.copy_(weight.view(param.shape))
 
     def resize(self, state: Mapping[str, Any], param: Tensor) -> State | None:
         """Return the moments, with zeros for new inputs."""
@@ -213,6 +258,7 @@ class InputsAccumulator(Accumulator):
         resized = {
             name: value.to(param.device, dtype) if isinstance(value, Tensor) else value
             for name, value in state.items()
+            if name != "rows"
         }
         more = param.shape[1:].numel() + state["constant"] - len(state["basis"])
         if more < 0:
@@ -251,9 +297,8 @@ class InputsAccumulator(Accumulator):
         for key, dimensions, least in (
             ("basis", 2, -torch.inf),
             ("moments", 2, -torch.inf),
-            ("factor", 2, -torch.inf),
-            ("rest", 0, 0),
-            ("free", 0, 0),
+            ("factor", 1, 0),
+            ("rest", 0, -torch.inf),
         ):
             what = f"{key} of parameter {name}"
             require_type(what, state.get(key), Tensor)
@@ -262,11 +307,12 @@ class InputsAccumulator(Accumulator):
             require_numbers(what, state[key], param, least)
         for key in ("step", "renewed"):
             require_type(f"{key} of parameter {name}", state.get(key), int)
+        require_type(f"free of parameter {name}", state.get("free"), int, float)
         if not isinstance(state.get("constant"), bool):
             raise TypeError(f"state_dict's constant of parameter {name} must be a bool")
         inputs, directions = state["basis"].shape
-        square = (directions, directions)
-        matches = state["moments"].shape == state["factor"].shape == square
+        matches = state["moments"].shape == (directions, directions)
+        matches = matches and state["factor"].shape == (directions,)
         known = param.dim() >= 2 and inputs == param.shape[1:].numel() + state["constant"]
         if not (matches and known and 0 < directions <= inputs):
             raise ValueError(

@@ -37,7 +37,7 @@ class WeightsAccumulator(Accumulator):
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Apply the rule; sparse gradients touch the entries that they name."""
         dense = []
-        for param, grad, state, _ in updates:
+        for param, grad, state, *_ in updates:
             weights, accumulator = local(param), local(state["accumulator"])
             if grad.is_sparse:
                 sparse_update_(weights, grad, accumulator, rule)
