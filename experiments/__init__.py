@@ -1,1 +1,36 @@
-"""Continual-learning experiments: one config, one run, one result file, one report."""
+"""Continual-learning experiments: one config, one run, one result file, one report.
+
+In the wheel this package is ``avalanche_classp.experiments``. Its names are loaded when they are
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Comparison, Tuning, compare, tune
+    from .protocol.own import benchmark, method, model
+
+__all__ = ["Comparison", "Tuning", "benchmark", "compare", "method", "model", "tune"]
+
+_MODULES = {
+    "Comparison": "api",
+    "Tuning": "api",
+    "benchmark": "protocol.own",
+    "compare": "api",
+    "method": "protocol.own",
+    "model": "protocol.own",
+    "tune": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -40,6 +40,7 @@ from .protocol.config import (
     parse_value,
     parse_whole,
 )
+from .protocol.loading import load_files
 from .protocol.losses import LOSSES, USUAL_LOSS
 from .protocol.methods import METHODS, count_steps, why_not
 from .protocol.models import MODELS
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         command, words = parse(words)
         resumable = command.resumable
+        load_files(command.load)
         code = command.run(shlex.join([*PROGRAM.split(), *words]))
         sys.stdout.flush()
         return code
@@ -161,6 +163,8 @@ class Command:
 
     resumable: ClassVar[bool] = True
     """The same command goes on after an interruption."""
+    load: Annotated[tuple[Path, ...], UseAppendAction, arg(metavar="FILE.py")] = ()
+    """a file that declares benchmarks, models and methods of your own"""
 
     def run(self, command_line: str) -> int:
         """Do it and return the exit code."""

@@ -81,6 +81,8 @@ def _words_of(name: str, value: Any, default: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if any(isinstance(item, list | Mapping | bool) for item in values):
         raise ValueError("must be a text or a number, or a list of them")
+    if name == "load":
+        return [f"{option}={value}" for value in values]
     if isinstance(default, tuple):
         return [option, *map(str, values)]
     return [f"{option}={format_value(value)}"]

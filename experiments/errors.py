@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -18,6 +19,14 @@ class DivergedError(UserError):
 def one_line(error: BaseException) -> str:
     """Return the error's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def line_in(file: str | None, error: BaseException) -> str:
+    """Return the last line of a file that an error came through, as " (line 3)", or nothing."""
+    if isinstance(error, SyntaxError):
+        return ""  # its message says it
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" (line {frames[-1].lineno})" if frames else ""
 
 
 def print_error(message: str) -> None:

@@ -24,7 +24,7 @@ def small_config(method="classp", scenario="class", benchmark="split-digits", **
     return RunConfig(benchmark=benchmark, scenario=scenario, method=method, **(usual | fields))
 
 
-def in_this_process(function, tasks, jobs=None):
+def in_this_process(function, tasks, jobs=None, **options):
     """Do what :func:`experiments.running.processes.in_processes` does, one task after the other."""
     for number, task in enumerate(tasks):
         yield number, function(*task, lambda message: None)

@@ -75,6 +75,8 @@ class Benchmark:
         shared_labels: every experience has all classes.
         random: its seed counts.
         published: hyper-parameters by method's name, where a paper gives them.
+        deterministic: reading a sample gives the same each time, although in_memory cannot tell.
+        origin: the user's function that it was declared with; None for a built-in one.
     """
 
     description: str
@@ -91,6 +93,8 @@ class Benchmark:
     shared_labels: bool = False
     random: bool = False
     published: Mapping[str, Hyper] = field(default_factory=dict)
+    deterministic: bool = False
+    origin: Callable[..., Any] | None = None
 
     def count_labels(self, scenario: str, experiences: int) -> int:
         """Return how many labels a head of the model tells apart."""
@@ -193,10 +197,11 @@ def _with_validation_as_test(
             kept += places[cut : cut + math.ceil(train_share * (len(places) - cut))]
         train.append(experience.dataset.subset(sorted(kept)))
         test.append(experience.dataset.subset(sorted(held_out)))
-    return _benchmark_of(train, test)
+    return benchmark_of(train, test)
 
 
-def _benchmark_of(train: Sequence[Any], test: Sequence[Any]) -> CLScenario:
+def benchmark_of(train: Sequence[Any], test: Sequence[Any]) -> CLScenario:
+    """Make a benchmark of Avalanche's datasets, one for each experience, with task labels."""
     from avalanche.benchmarks import (
         benchmark_from_datasets,
         with_classes_timeline,
@@ -263,7 +268,7 @@ def _permuted_mnist(stream: Stream) -> CLScenario:
 def _mnist_fmnist(stream: Stream) -> CLScenario:
     whole = Stream("class", 1, stream.classes, stream.seed, stream.data_root)
     parts = [BENCHMARKS[name].load(whole) for name in ("split-mnist", "split-fmnist")]
-    return _benchmark_of(
+    return benchmark_of(
         [part.train_stream[0].dataset for part in parts],
         [part.test_stream[0].dataset for part in parts],
     )

@@ -56,6 +56,7 @@ class Method:
         usual: it is compared where no methods are named.
         family: one of the four families.
         scenarios: those that it is for.
+        origin: the user's function that it was declared with; None for a built-in one.
     """
 
     description: str
@@ -66,6 +67,7 @@ class Method:
     usual: bool = True
     family: str = TRAINS
     scenarios: tuple[str, ...] = ("class", "domain", "task")
+    origin: Build | None = None
 
     @property
     def has_old_samples(self) -> bool:

@@ -25,14 +25,17 @@ class Model:
     Attributes:
         description: one line.
         make: makes the model from a sample's shape and the number of labels.
-        classifier: name of its last layer, which becomes one head per task in the scenario task.
+        classifier: name of its last layer, which becomes one head per task in the scenario task;
+            empty for the last that is a Linear layer or ends in one.
         channels: what a sample must have as its first dimension, if it must be an image.
+        origin: the user's function that it was declared with; None for a built-in one.
     """
 
     description: str
     make: Callable[[Shape, int], nn.Module]
     classifier: str
     channels: tuple[int, ...] | None = None
+    origin: Callable[..., Any] | None = None
 
 
 def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Module:
@@ -54,12 +57,26 @@ def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Mod
             f"model {name!r} takes images of {channels} channels, and the benchmark's samples have "
             f"the shape {shape}; choose another --model"
         )
-    from avalanche.models import as_multitask
+    from avalanche.models import MultiTaskModule, as_multitask
 
-    made = model.make(shape, labels)
-    made = as_multitask(made, model.classifier) if multi_head else made
+    made: Any = model.make(shape, labels)
+    if multi_head and not isinstance(made, MultiTaskModule):
+        made = as_multitask(made, model.classifier or _last_layer(name, made))
     made.sizes = (math.prod(shape), labels, multi_head)
     return made
+
+
+def _last_layer(name: str, made: nn.Module) -> str:
+    from torch import nn
+
+    for attribute, layer in reversed(list(made.named_children())):
+        last = layer[-1] if isinstance(layer, nn.Sequential) and len(layer) else layer
+        if isinstance(last, nn.Linear):
+            return attribute
+    raise UserError(
+        f"model {name!r} has no attribute that is a Linear layer or a Sequential that ends in one, "
+        f"to make a head for each task of; return a MultiTaskModule"
+    )
 
 
 def sizes_of(model: nn.Module) -> tuple[int, int, bool]:

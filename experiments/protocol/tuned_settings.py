@@ -14,7 +14,7 @@ from .benchmarks import BENCHMARKS, require_possible
 from .config import Epochs, Hyper, RunConfig
 from .losses import LOSSES, USUAL_LOSS, make_loss
 from .methods import METHODS, why_not
-from .models import make_model
+from .models import MODELS, make_model
 
 SETTINGS_FILE = Path(__file__).with_name("tuned_settings.json")
 """What the search chose for each benchmark, scenario and method (see results/README.md)."""
@@ -177,7 +177,7 @@ def make_config(
     )
     require_possible(benchmark, scenario, config.experiences)
     _require_builds(config)
-    if config.model != spec.model:
+    if config.model != spec.model or MODELS[config.model].origin is not None:
         make_model(config.model, spec.shape, spec.classes, multi_head=False)
     return config
 
@@ -186,6 +186,8 @@ def _require_builds(config: RunConfig) -> None:
     """Have the method check its own arguments: better now than in the middle of a comparison."""
     from torch import nn
 
+    if METHODS[config.method].origin is not None:  # it may expect a certain model
+        return
     common = {"criterion": make_loss(config.loss)}
     try:
         METHODS[config.method].build(nn.Linear(1, 1), config.hyper, common)

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from ..errors import UserError, one_line
 from ..protocol.benchmarks import require_data
 from ..protocol.config import RunConfig
+from ..protocol.loading import code_of
 from .engines import make_engine
 from .files import write_atomically
-from .records import Results, current_commit, describe_failure
+from .records import Record, Results, current_commit, describe_failure
 from .run import run
 
 
@@ -59,7 +60,9 @@ def run_all(
             results cannot be written.
     """
     chosen = make_engine(engine, jobs, ray_address)
-    done = set(results.finished(configs))
+    finished = results.finished(configs)
+    _tell_of_other_code(finished.values(), results)
+    done = set(finished)
     todo = [c for c in {c.key(): c for c in configs}.values() if c.key() not in done]
     if not todo:
         return []
@@ -82,6 +85,19 @@ def run_all(
             bar.end(config)
     results.compact()
     return failures
+
+
+def _tell_of_other_code(records: Iterable[Record], results: Results) -> None:
+    """Say on standard error which runs are kept although the user's code has changed since."""
+    other = [r for r in records if r.get("code", {}) != code_of(RunConfig.from_dict(r["config"]))]
+    if other:
+        files = sorted({name for record in other for name in record.get("code", {})})
+        tqdm.write(
+            f"note: {len(other)} finished runs in {results.folder} are kept, though "
+            f"{', '.join(files) or 'your code'} has changed since; give another output folder to "
+            f"have them done again",
+            file=sys.stderr,
+        )
 
 
 def attempt(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, one_line
 from ..protocol.config import RunConfig
+from ..protocol.loading import LOADED, load_files
 from .processes import (
     ONE_THREAD,
     WorkerDiedError,
@@ -66,7 +67,8 @@ def make_engine(name: str, jobs: int | None = None, ray_address: str | None = No
     """Make an engine.
 
     Args:
-        name: ``local`` for :class:`LocalEngine`, ``ray`` for :class:`RayEngine`.
+        name: ``local`` for :class:`LocalEngine`, ``fork`` or ``here`` for one that starts its
+            processes so, ``ray`` for :class:`RayEngine`.
         jobs: see the engine.
         ray_address: see :class:`RayEngine`.
 
@@ -75,11 +77,12 @@ def make_engine(name: str, jobs: int | None = None, ray_address: str | None = No
     """
     if name == "ray":
         return RayEngine(jobs, ray_address)
-    if name != "local":
-        raise UserError(f"unknown engine {name!r}; choose from local, ray")
+    starts = {"local": "spawn", "fork": "fork", "here": "here"}
+    if name not in starts:
+        raise UserError(f"unknown engine {name!r}; choose from {', '.join(starts)}, ray")
     if ray_address is not None:
         raise UserError(f"--ray-address {ray_address} is for --engine ray")
-    return LocalEngine(jobs)
+    return LocalEngine(jobs, starts[name])
 
 
 @dataclass(eq=False)
@@ -110,10 +113,12 @@ class LocalEngine:
 
     Args:
         jobs: number of processes. Default: one for each core.
+        start: how they are started.
     """
 
-    def __init__(self, jobs: int | None = None) -> None:
+    def __init__(self, jobs: int | None = None, start: str = "spawn") -> None:
         self.jobs = jobs
+        self.start = start
 
     def run(
         self, work: Work, configs: Sequence[RunConfig], progress: Progress
@@ -126,6 +131,7 @@ class LocalEngine:
             self.jobs,
             begun=lambda number: runs[number].begin(),
             told=lambda number, _: runs[number].step(runs[number].steps + 1),
+            start=self.start,
         )
         with closing(outcomes):
             for number, outcome in outcomes:
@@ -140,7 +146,8 @@ def _work_in_process(work: Work, config: RunConfig, send: Callable[[Any], None])
 class RayEngine:
     """Tasks on a Ray cluster, each with one CPU.
 
-    This code travels to the cluster's machines by itself. What must be there: the same Python and
+    This code travels to the cluster's machines by itself, and so do the files that were loaded
+    (not what lies beside them). What must be there: the same Python and
     Ray as here, torch and Avalanche, and the dataset in the same folder as here.
 
     A run that is lost with its process or machine is tried again wherever there is room, three
@@ -195,7 +202,8 @@ class RayEngine:
                     number = waiting.popleft()
                     config = runs[number].begin()
                     task = ray.remote(_work_on_ray).options(**self._needs(config))
-                    running[task.remote(work, config, number, mailbox)] = number
+                    names = [Path(file.name) for file in LOADED]
+                    running[task.remote(work, config, number, mailbox, names)] = number
                 (ended,), _ = ray.wait([news, *running])
                 if ended == news:
                     number, steps = self._read(ray, news)
@@ -247,7 +255,10 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
-def _work_on_ray(work: Work, config: RunConfig, number: int, mailbox: Any) -> Result:
+def _work_on_ray(
+    work: Work, config: RunConfig, number: int, mailbox: Any, files: Sequence[Path]
+) -> Result:
+    load_files(files)  # in the working directory
     steps = itertools.count(1)
     return work(config, progress=lambda: mailbox.put.remote((number, next(steps))))
 
@@ -325,9 +336,11 @@ def _require_an_answer(address: str) -> None:
 
 
 def _copy_code(folder: str) -> None:
-    """Copy what the machines of a cluster need of this checkout."""
+    """Copy what the machines of a cluster need of this checkout, and the user's files."""
     import avalanche_classp
 
     ignored = shutil.ignore_patterns("results", "__pycache__")
     for package in (Path(avalanche_classp.__path__[0]), Path(__file__).parents[1]):
         shutil.copytree(package, Path(folder) / package.name, ignore=ignored)
+    for file in LOADED:
+        shutil.copy(file, folder)

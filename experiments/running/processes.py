@@ -5,17 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-# Spawned and not forked: torch's threads do not survive a fork.
-CONTEXT = multiprocessing.get_context("spawn")
+from ..protocol.loading import LOADED, load_files
+
 TRIES = 2
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -37,11 +41,16 @@ def in_processes(
     jobs: int | None = None,
     begun: Callable[[int], object] = lambda number: None,
     told: Callable[[int, Any], object] = lambda number, message: None,
+    start: str = "spawn",
 ) -> Generator[tuple[int, Any]]:
     """Call ``function(*task, send)`` for every task and yield results in the order they end.
 
     Each process has one thread and one task at a time. A task whose process is killed is begun
     again after the others. Closing the generator ends the processes.
+
+    They are spawned and not forked, because torch's threads do not survive a fork. Functions that
+    no other process can import, those of a notebook say, need a fork: CPU runs with one thread get
+    along with it.
 
     Args:
         function: importable by name. It can ``send`` objects while it works.
@@ -49,6 +58,8 @@ def in_processes(
         jobs: number of processes. Default: one for each core.
         begun: is told the number of each task that is begun, also again.
         told: is told the task's number and what it sent.
+        start: how processes are started, ``spawn`` or ``fork``; ``here``: there are none, this one
+            does the tasks one after the other.
 
     Yields:
         The task's number and result; a WorkerDiedError where its process died :data:`TRIES` times.
@@ -56,6 +67,11 @@ def in_processes(
     Raises:
         Exception: what the function raised.
     """
+    if start == "here":
+        for number, task in enumerate(tasks):
+            begun(number)
+            yield number, function(*task, partial(told, number))
+        return
     waiting = deque((number, 1) for number in range(len(tasks)))
     busy: dict[Connection, tuple[_Worker, int, int]] = {}
     idle: list[_Worker] = []
@@ -63,7 +79,7 @@ def in_processes(
         while waiting or busy:
             while waiting and len(busy) < (jobs or available_cores()):
                 number, attempt = waiting.popleft()
-                worker = idle.pop() if idle else _Worker()
+                worker = idle.pop() if idle else _Worker(start)
                 busy[worker.pipe] = worker, number, attempt
                 begun(number)
                 worker.begin(function, tasks[number])
@@ -98,10 +114,13 @@ class _Worker:
     a lock taken or a message half written that the others would wait for.
     """
 
-    def __init__(self) -> None:
-        self.pipe, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_serve, args=(theirs,))
-        self._process.start()
+    def __init__(self, start: str) -> None:
+        context: Any = multiprocessing.get_context(start)
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, list(LOADED)))
+        with warnings.catch_warnings():  # Python warns of forks beside threads
+            warnings.simplefilter("ignore")
+            self._process.start()
         theirs.close()
 
     def begin(self, function: Callable[..., Any], task: tuple[Any, ...]) -> None:
@@ -137,12 +156,13 @@ def _describe_exit(code: int | None) -> str:
     return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, files: Sequence[Path]) -> None:
     _start()
     while True:
         # Receiving the function imports its module, and with that torch: not before _start.
         function, task = pipe.recv()
         try:
+            load_files(files)
             answer = "result", function(*task, lambda message: pipe.send(("message", message)))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised in the parent
             error.add_note(traceback.format_exc())
@@ -154,6 +174,9 @@ def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(ONE_THREAD)
+    warnings.simplefilter("ignore")
+    if torch := sys.modules.get("torch"):  # forked: it would wait for threads that are not here
+        torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:

@@ -34,6 +34,7 @@ from avalanche_classp.optim.optimizer import NonFiniteGradientError
 from ..errors import DivergedError, UserError
 from ..protocol.benchmarks import BENCHMARKS, make_benchmark
 from ..protocol.config import RunConfig
+from ..protocol.loading import code_of
 from ..protocol.losses import make_loss
 from ..protocol.methods import METHODS
 from ..protocol.models import make_model
@@ -134,6 +135,7 @@ def _run(
     return {
         "config": config.as_dict(),
         "setting": source_of(config),
+        **({"code": code} if (code := code_of(config)) else {}),
         **_accuracies(steps),
         "confusion_matrix": steps[-1]["confusion_matrix"],
         "accumulator_maps": [step["map"] for step in steps if step.get("map") is not None],
@@ -152,13 +154,14 @@ def _run(
     }
 
 
-@lru_cache(maxsize=1)
-def _benchmark(*arguments: Any, **options: Any) -> CLScenario:
-    """Make a benchmark, or take the last one: a search asks for the same one again and again.
+@lru_cache(maxsize=2)
+def _benchmark(name: str, *arguments: Any, **options: Any) -> CLScenario:
+    """Make a benchmark, or take one of the last: a search asks for the same two again and again.
 
     Avalanche takes half a minute for the ten experiences of PermutedMNIST.
     """
-    return in_memory(make_benchmark(*arguments, **options))
+    made = make_benchmark(name, *arguments, **options)
+    return in_memory(made, deterministic=BENCHMARKS[name].deterministic)
 
 
 def _train(

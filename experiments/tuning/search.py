@@ -53,6 +53,7 @@ def search(
     finalists: int = 0,
     finalist_seeds: int = 3,
     held: Mapping[str, Hyper] | None = None,
+    start: str = "spawn",
     **fixed: Any,
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
@@ -85,6 +86,7 @@ def search(
         finalists: how many trials of each method are run with more seeds.
         finalist_seeds: with how many more.
         held: by method, hyper-parameters that are not searched, with their values.
+        start: see :func:`experiments.running.processes.in_processes`.
         **fixed: other RunConfig fields for every trial, such as ``model``.
 
     Returns:
@@ -124,7 +126,7 @@ def search(
         study.set_user_attr("arguments", arguments | own)
     tasks = [(method, folder, trials, finalists, finalist_seeds, data_root) for method in methods]
     with (
-        closing(in_processes(_search_method, tasks, jobs)) as ended,
+        closing(in_processes(_search_method, tasks, jobs, start=start)) as ended,
         tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
     ):
         for number, outcome in ended:
