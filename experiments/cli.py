@@ -30,7 +30,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .configfile import read_words, without_config
-from .errors import UserError, nearest, print_error, print_interrupted
+from .errors import INSTALL, UserError, nearest, print_error, print_interrupted
 from .protocol.benchmarks import BENCHMARKS, SCENARIOS, Benchmark, require_possible
 from .protocol.config import (
     Epochs,
@@ -46,7 +46,7 @@ from .protocol.methods import METHODS, count_steps, why_not
 from .protocol.models import MODELS
 from .protocol.tuned_settings import make_config, require_known
 
-PROGRAM = "python -m experiments"
+PROGRAM = "classp" if Path(sys.argv[0]).stem == "classp" else f"python -m {__package__}"
 MOST_SEEDS = 10_000
 """More is a slip, and the list of runs would not fit in memory."""
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ModuleNotFoundError as error:
-        print_error(f"{error}; pip install '.[experiments]' brings it")
+        print_error(f"{error}; {INSTALL} brings it")
     except UserError as error:
         print_error(str(error))
     except OSError as error:  # a full disk, a closed pipe
@@ -144,6 +144,7 @@ Count = Annotated[int, _one(parse_whole, "N")]
 Natural = Annotated[int, _one(_natural, "N")]
 Seeds = Annotated[int, _one(_seed_count, "N")]
 Device = Annotated[str, _one(str, "DEVICE")]
+File = Annotated[Path, _one(_path, "FILE")]
 Folder = Annotated[Path, _one(_path, "FOLDER")]
 Folders = Annotated[tuple[Path, ...], _several(_path, "FOLDER")]
 Methods = Annotated[tuple[str, ...], _several(str, "METHOD")]
@@ -163,7 +164,7 @@ class Command:
 
     resumable: ClassVar[bool] = True
     """The same command goes on after an interruption."""
-    load: Annotated[tuple[Path, ...], UseAppendAction, arg(metavar="FILE.py")] = ()
+    load: Annotated[tuple[File, ...], UseAppendAction, arg(metavar="FILE.py")] = ()
     """a file that declares benchmarks, models and methods of your own"""
 
     def run(self, command_line: str) -> int:
@@ -697,6 +698,8 @@ COMMANDS: dict[str, type[Command]] = {
     "side-by-side": SideBySide,
     "speed": Speed,
 }
+for _command in COMMANDS.values():  # their help has examples
+    _command.__doc__ = (_command.__doc__ or "").replace("python -m experiments", PROGRAM)
 
 
 # Reading a command line

@@ -7,6 +7,9 @@ import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+INSTALL = 'pip install "avalanche-classp[experiments]"'
+"""Brings the packages that the experiments need beyond the library's."""
+
 
 class UserError(Exception):
     """Something that the user can put right; its message says what and how."""

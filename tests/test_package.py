@@ -1,5 +1,7 @@
 """The wheel and the sdist: complete, accepted by an index, and of use without the clone."""
 
+import gzip
+import json
 import re
 import shutil
 import subprocess
@@ -45,7 +47,8 @@ def test_the_wheel_holds_the_package_the_experiments_and_nothing_else(built):
         f"{parent}{path.relative_to(ROOT)}"
         for top, parent in (("avalanche_classp", ""), ("experiments", "avalanche_classp/"))
         for path in (ROOT / top).rglob("*")
-        if path.suffix in (".py", ".cpp", ".typed") or path.name == "tuned_settings.json"
+        if path.suffix in (".py", ".cpp", ".typed")
+        or path.name in ("tuned_settings.json", "report.html")
     }
     assert {name for name in names if ".dist-info/" not in name} == package
 
@@ -65,12 +68,77 @@ def test_both_have_the_one_version(built):
         assert f"\nversion: {version}\n" in citation.read_text(encoding="utf-8")
 
 
-def test_the_readmes_ten_lines_run_without_the_clone(built, tmp_path):
-    wheel, _ = built
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
+@pytest.fixture(scope="module")
+def site(built, tmp_path_factory):
+    """Return a folder in which the wheel alone is installed."""
+    folder = tmp_path_factory.mktemp("installed") / "site"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, built[0])
+    return folder
+
+
+def environment(*folders):
+    return {"PYTHONPATH": ":".join(map(str, folders)), "PATH": "/usr/bin:/bin"}
+
+
+def test_the_readmes_ten_lines_run_without_the_clone(site, tmp_path):
     ten_lines = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     where = "\nimport avalanche_classp\nprint(avalanche_classp.__file__)\n"
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
-    output = run("-c", ten_lines + where, cwd=tmp_path, env=environment)
+    output = run("-c", ten_lines + where, cwd=tmp_path, env=environment(site))
     assert "% of all ten digits" in output
-    assert str(tmp_path / "site") in output
+    assert str(site) in output
+
+
+OWN_MODEL = """
+from torch import nn
+from avalanche_classp.experiments import model
+
+@model
+def mine(classes):
+    return nn.Linear(64, classes)
+"""
+
+
+def test_the_command_works_without_the_clone(site, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    options = {"cwd": tmp_path, "env": environment(site)}
+    classp = site / "bin" / "classp"
+    assert "split-digits" in run(classp, "list", **options)
+    assert "\nusage: classp compare" in "\n" + run(classp, "compare", "--help", **options)
+    words = [
+        "--load",
+        "mine.py",
+        "--model",
+        "mine",
+        "--methods",
+        "naive",
+        "classp",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+    ]
+    output = run(classp, "compare", *words, "--jobs", "2", **options)
+    assert "not tuned" in output
+    folder = tmp_path / "results" / "split-digits-class"
+    assert {"records.jsonl.gz", "report.html"} <= {path.name for path in folder.iterdir()}
+    (line, _) = gzip.decompress((folder / "records.jsonl.gz").read_bytes()).splitlines()
+    record = json.loads(line)
+    assert record["commit"] is None and list(record["code"]) == ["mine.py"]
+    assert record["command"].startswith("classp compare --load mine.py")
+    code = "from avalanche_classp.experiments import compare; print(compare.__module__)"
+    assert run("-c", code, **options) == "avalanche_classp.experiments.api\n"
+
+
+def test_the_command_without_the_extra_says_which(site, tmp_path):
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\")")
+    done = subprocess.run(
+        [sys.executable, str(site / "bin" / "classp"), "list"],
+        env=environment(tmp_path, site),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    install = 'pip install "avalanche-classp[experiments]"'
+    assert done.returncode == 2
+    assert done.stderr == f"error: No module named 'tyro'; {install} brings it\n"

@@ -296,7 +296,7 @@ def _connect_to_ray(address: str, jobs: int | None) -> Any:
         import ray
         import ray.util.scheduling_strategies
     except ModuleNotFoundError as error:
-        raise UserError(f"--engine ray: {error}; pip install '.[ray]' brings it") from None
+        raise UserError(f"--engine ray: {error}; pip install ray brings it") from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         options |= {

@@ -136,7 +136,9 @@ def test_closing_ends_the_processes(tmp_path):
 
 
 def test_unknown_engines_and_idle_addresses_are_refused():
-    with pytest.raises(UserError, match="unknown engine 'slurm'; choose from local, ray"):
+    with pytest.raises(
+        UserError, match="unknown engine 'slurm'; choose from local, fork, here, ray"
+    ):
         make_engine("slurm")
     with pytest.raises(UserError, match="--ray-address host:1 is for --engine ray"):
         make_engine("local", ray_address="host:1")
