@@ -3,13 +3,13 @@
     pip install accelerate
     python examples/with_accelerate.py
 
-Last lines:
+Here with bfloat16, and with a step for the gradients of two mini-batches. Last lines:
 
     after task 1: 20.1 %
-    after task 2: 31.3 %
-    after task 3: 47.4 %
+    after task 2: 32.2 %
+    after task 3: 46.7 %
     after task 4: 72.5 %
-    after task 5: 81.7 %
+    after task 5: 82.1 %
 """
 
 import torch
@@ -23,7 +23,7 @@ from avalanche_classp import CLASSPOptimizer
 images, labels = map(torch.tensor, load_digits(return_X_y=True))
 images = images.float() / 8 - 1
 
-accelerator = Accelerator(cpu=True)
+accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
 torch.manual_seed(0)
 model = nn.Sequential(
     *(nn.Linear(64, 256), nn.ReLU()),
@@ -35,12 +35,13 @@ model, optimizer = accelerator.prepare(model, optimizer)
 for task in range(5):
     chosen = torch.nonzero(labels[:1200] // 2 == task).squeeze(1)
     loader = accelerator.prepare(
-        DataLoader(TensorDataset(images[chosen], labels[chosen]), 32, shuffle=True)
+        DataLoader(TensorDataset(images[chosen], labels[chosen]), 16, shuffle=True)
     )
     for _epoch in range(3):
         for batch, targets in loader:
-            optimizer.zero_grad()
-            accelerator.backward(nn.functional.cross_entropy(model(batch), targets))
-            optimizer.step()
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(batch), targets))
+                optimizer.step()
+                optimizer.zero_grad()
     correct = model(images[1200:]).argmax(1) == labels[1200:]
     accelerator.print(f"after task {task + 1}: {100 * correct.float().mean():.1f} %")

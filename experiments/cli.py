@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import operator
@@ -654,6 +655,38 @@ class SideBySide(Command):
 
 
 @dataclass(kw_only=True)
+class Language(Command):
+    """Tune a small language model on four kinds of text in turn, and measure what it forgets.
+
+    Every method's values are searched first. The texts lie where Python and its packages lie.
+
+    python -m experiments language --seeds 3
+    """
+
+    methods: Annotated[Methods, _default("adamw sgd classp classp-inputs")] = ()
+    """the methods"""
+    seeds: Seeds = 3
+    """seeds 0 to N-1 for each method"""
+    trials: Count = 6
+    """trials of each method's search"""
+    output: Folder = Path("results/language")
+    """where results go"""
+
+    def run(self, command_line: str) -> int:
+        _refuse_file(self.output)
+        for package in ("transformers", "peft"):
+            if not importlib.util.find_spec(package):
+                raise UserError(f"this needs {package}; pip install '.[examples]' brings it")
+        from .language.study import METHODS as KNOWN
+        from .language.study import study
+
+        methods = [_known("method", name, KNOWN) for name in dict.fromkeys(self.methods or KNOWN)]
+        warnings.simplefilter("ignore")
+        print(study(self.output, methods, self.seeds, self.trials))
+        return 0
+
+
+@dataclass(kw_only=True)
 class Speed(Command):
     """Measure steps, loading, metrics and long streams.
 
@@ -696,6 +729,7 @@ COMMANDS: dict[str, type[Command]] = {
     "defaults": Defaults,
     "subset-ranking": SubsetRanking,
     "side-by-side": SideBySide,
+    "language": Language,
     "speed": Speed,
 }
 for _command in COMMANDS.values():  # their help has examples

@@ -32,6 +32,7 @@ MAY_IMPORT = {
         *("avalanche_classp", "experiments.errors"),
         *("experiments.protocol", "experiments.running"),
     ],
+    "experiments.language": ["avalanche_classp", "experiments.errors", "experiments.running"],
     "experiments": ["avalanche_classp", "experiments"],
 }
 """Rooms, and those that a module in one may import beside its own.

@@ -57,7 +57,7 @@ def joined(layer):
 
 @parametrize("order", [range(8), reversed(range(8)), [3, 1, 7, 0, 2, 6, 5, 4]])
 @parametrize("epsilon", [0.01, 1.0, 100.0])
-def test_a_linear_layer_is_ridge_regression_after_every_experience(every_step, order, epsilon):
+def test_a_linear_layer_is_ridge_regression_after_every_experience(order, epsilon):
     """Squared error, power 1, lr · epsilon = 1, every sample once: recursive least squares."""
     layer = nn.Linear(6, 3).double()
     start = joined(layer)

@@ -44,6 +44,9 @@ __all__ = ["InputsAccumulator", "new_moments", "observe_", "rows_wanted"]
 EVERY = 25
 """Steps between renewals of basis and root; fewer at the beginning: 1, 2, 4, 8, 16."""
 
+SMALL = 16
+"""Inputs up to which the root is renewed in every step: there it is cheap, and all is exact."""
+
 NEW_DIRECTIONS = 32
 """Directions that a renewal may take into the basis, the largest of a mini-batch's."""
 
@@ -91,6 +94,8 @@ def is_whole(state: Mapping[str, Any]) -> bool:
 
 def is_due(state: Mapping[str, Any]) -> bool:
     """Tell whether basis and root are to be renewed in this step."""
+    if is_whole(state) and len(state["basis"]) <= SMALL:
+        return True
     since = state["step"] - state["renewed"]
     return since >= min(EVERY, max(1, state["renewed"]))
 
