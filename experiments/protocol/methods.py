@@ -722,6 +722,11 @@ def style_of(method: str) -> Style:
     return METHODS[method].style if method in METHODS else _OTHER_STYLE
 
 
+def family_of(method: str) -> str:
+    """Return the family of the method with this name; of one that is not here nothing."""
+    return METHODS[method].family if method in METHODS else ""
+
+
 def count_steps(config: RunConfig) -> int:
     """Return how often a run of this config trains and evaluates."""
     return 1 if config.method == "joint" else config.experiences

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..protocol.methods import family_of
 from ..running.files import write_atomically
 from ..running.records import describe_failure
 from .figures import CAPTIONS, draw_figures
@@ -12,6 +13,7 @@ from .html import render
 from .tables import (
     ACCURACIES,
     COSTS,
+    FAMILY,
     REFERENCE,
     SUMMARY,
     TITLE_KEYS,
@@ -62,7 +64,10 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
         *(f"**Failed:** {line}" for line in failed),
         *(f"**{line}**" for line in missing),
         _INTERVALS,
-        "\n".join(f"* {column.heading}: {column.meaning}" for column in explained),
+        "\n".join(
+            [f"* {column.heading}: {column.meaning}" for column in explained]
+            + ([f"* family: {FAMILY}"] if len({family_of(row["name"]) for row in rows}) > 1 else [])
+        ),
         "Figures, which `python -m experiments report FOLDER` draws:",
         "\n".join(f"* `{name}`: {CAPTIONS[name]}." for name in figures),
         f"All runs: {common}. Settings:",

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ..errors import UserError
 from ..running.records import Results
-from .tables import COLUMNS, Row, cell, markdown, table_rows
+from .tables import COLUMNS, Row, cell, markdown, table_rows, with_families
 
 KEYS = ("average_accuracy", "extension_difference")
 """The columns of :data:`experiments.reporting.tables.COLUMNS` that there is a table of."""
@@ -32,19 +32,22 @@ def side_by_side(folders: Sequence[Path]) -> list[str]:
     methods = _sorted(tables)
     return [
         markdown(
-            [
-                ["method", *tables],
-                *(
-                    [
-                        method,
-                        *(
-                            cell(column, table[method][column.key]) if method in table else ""
-                            for table in tables.values()
-                        ),
-                    ]
-                    for method in methods
-                ),
-            ]
+            with_families(
+                [
+                    ["method", *tables],
+                    *(
+                        [
+                            method,
+                            *(
+                                cell(column, table[method][column.key]) if method in table else ""
+                                for table in tables.values()
+                            ),
+                        ]
+                        for method in methods
+                    ),
+                ],
+                methods,
+            )
         )
         for column in COLUMNS
         if column.key in KEYS

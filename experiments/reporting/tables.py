@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..protocol.methods import family_of
 from .statistics import Interval, mean_interval
 
 Result = Mapping[str, Any]
@@ -47,6 +48,7 @@ class Column:
         in_summary: show it in the terminal and in the main Markdown table, where room is scarce.
         spread: show the interval.
         optional: leave it out where no row has a value.
+        last: of a list take the last number, not the mean.
     """
 
     key: str
@@ -60,10 +62,12 @@ class Column:
     in_summary: bool = True
     spread: bool = True
     optional: bool = False
+    last: bool = False
 
     def read(self, result: Result) -> float | None:
         """Return a result's value, the mean of a list; None where the method has none."""
         value = result[self.source or self.key]
+        value = value[-1] if self.last else value
         return None if value is None else self.factor * float(np.mean(value))
 
 
@@ -138,10 +142,21 @@ COSTS = (
         in_summary=False,
     ),
     Column(
+        "state_megabytes",
+        "state MB",
+        "millions of bytes that the method keeps between experiences beside the model, at the end; "
+        "the data of joint is not counted.",
+        source="state_bytes",
+        factor=1e-6,
+        digits=None,
+        spread=False,
+        last=True,
+    ),
+    Column(
         "state_bytes_per_parameter",
-        "memory B/param",
-        "bytes that the method keeps between experiences beside the model, for each of the "
-        "model's parameters.",
+        "state B/param",
+        "the same in bytes for each of the model's parameters, of which closed forms have others.",
+        in_summary=False,
         spread=False,
     ),
     Column(
@@ -165,6 +180,8 @@ COSTS = (
 )
 COLUMNS = ACCURACIES + COSTS
 """The numbers of a row, in the order of the tables."""
+FAMILY = "what the method does, or keeps, against forgetting."
+"""The meaning of the column of families."""
 SUMMARY = tuple(column for column in COLUMNS if column.in_summary)
 """The columns for the terminal and the main Markdown table."""
 
@@ -312,16 +329,17 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = SUMMARY) -> 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return headings and lines of texts as a Markdown table, numbers to the right."""
-    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    rule = ["---", *("---" if heading == "family" else "---:" for heading in lines[0][1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def plain_table(rows: Sequence[Row]) -> str:
     """Return the rows as a table of aligned columns, for a terminal 120 characters wide.
 
-    Optional columns are left to the other tables.
+    Optional columns and families are left to the other tables.
     """
-    head, *body = cells(rows, [column for column in SUMMARY if not column.optional])
+    columns = [column for column in SUMMARY if not column.optional]
+    head, *body = cells(rows, columns, families=False)
     table = [list(line) for line in zip(*map(_two_lines, head), strict=True)] + body
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     # What the numbers leave is for the methods; long labels go on in further lines.
@@ -339,7 +357,8 @@ def csv_table(rows: Sequence[Row]) -> str:
     """Return the rows as CSV: each interval in two columns, its half width with ``_ci95``."""
     records = []
     for row in rows:
-        record: dict[str, Any] = {"method": row["method"], "n": row["n"]}
+        record: dict[str, Any] = {"method": row["method"], "family": family_of(row["name"])}
+        record["n"] = row["n"]
         for column in present(rows, COLUMNS):
             record[column.key], record[f"{column.key}_ci95"] = row[column.key] or (None, None)
         setting = describe(flat(row["config"]), TITLE_KEYS)
@@ -353,14 +372,29 @@ def to_csv(records: Sequence[Mapping[str, Any]], float_format: str = "%.6g") -> 
     return str(frame.to_csv(index=False, float_format=float_format, lineterminator="\n"))
 
 
-def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """Return the headings and the rows as texts."""
+def cells(rows: Sequence[Row], columns: Sequence[Column], families: bool = True) -> list[list[str]]:
+    """Return the headings and the rows as texts, with families where there are several."""
     columns = present(rows, columns)
     body = [
         [row["method"], str(row["n"]), *(cell(column, row[column.key]) for column in columns)]
         for row in rows
     ]
-    return [["method", "n", *(column.heading for column in columns)], *body]
+    lines = [["method", "n", *(column.heading for column in columns)], *body]
+    return with_families(lines, [row["name"] for row in rows]) if families else lines
+
+
+def with_families(lines: Sequence[Sequence[str]], methods: Sequence[str]) -> list[list[str]]:
+    """Return a table with each method's family as second column, if there are several families.
+
+    Args:
+        lines: the headings, and a line for each method.
+        methods: the methods' names.
+    """
+    families = [family_of(method) for method in methods]
+    if len(set(families)) < 2:
+        return [list(line) for line in lines]
+    column = ["family", *families]
+    return [[line[0], own, *line[1:]] for line, own in zip(lines, column, strict=True)]
 
 
 def present(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
