@@ -156,9 +156,9 @@ def compare(
     configs = []
     with _quiet():
         for name in names:
-            setting = _setting((settings or {}).get(name, {}))
-            values = setting | fixed
-            configs.append(make_config(*place, name, 0, values.pop("hyper", {}), **values))
+            given = (settings or {}).get(name, {})
+            hyper, chosen = ({}, given) if isinstance(given, Setting) else (given, None)
+            configs.append(make_config(*place, name, 0, hyper, chosen, **fixed))
         configs = [replace(config, seed=seed) for seed in range(seeds) for config in configs]
         with tempfile.TemporaryDirectory() as folder:
             results = Results(Path(output or folder))
@@ -281,10 +281,6 @@ def _known(kind: str, given: str | Factory, entries: Mapping[str, Any]) -> str:
     if name not in entries:
         raise UserError(f"unknown {kind} {name!r}; {nearest(name, entries)}")
     return name
-
-
-def _setting(given: Setting | Hyper) -> dict[str, Any]:
-    return given.as_dict() if isinstance(given, Setting) else {"hyper": dict(given)}
 
 
 def _start(device: str, jobs: int | None) -> str:

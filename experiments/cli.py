@@ -45,7 +45,16 @@ from .protocol.loading import load_files
 from .protocol.losses import LOSSES, USUAL_LOSS
 from .protocol.methods import METHODS, count_steps, why_not
 from .protocol.models import MODELS
-from .protocol.tuned_settings import make_config, require_known
+from .protocol.tuned_settings import (
+    FIRST_EXPERIENCE,
+    STREAM,
+    explain,
+    find_setting,
+    make_config,
+    require_known,
+    require_settings,
+    unchecked_config,
+)
 
 PROGRAM = "classp" if Path(sys.argv[0]).stem == "classp" else f"python -m {__package__}"
 MOST_SEEDS = 10_000
@@ -84,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(str(error))
     except OSError as error:  # a full disk, a closed pipe
-        print_error(str(error))
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            print_error(str(error))
         _drop_output_that_nobody_takes()
     except KeyboardInterrupt:
         print_interrupted(resumable)
@@ -153,6 +163,9 @@ AllMethods = Annotated[Methods, _default("the usual ones, as `list` shows")]
 Jobs = Annotated[int | None, _one(parse_whole, "N"), _default("as many as cores")]
 Output = Annotated[Path | None, _one(_path, "FOLDER"), _default("results/BENCHMARK-SCENARIO")]
 DataRoot = Annotated[Path | None, _one(_path, "FOLDER"), _default("~/.avalanche/data")]
+Settings = Annotated[
+    str | None, _one(str, "WAY"), _default("searched values where there are any, else defaults")
+]
 _as_searched = _default("as searched, else the benchmark's")
 
 
@@ -241,6 +254,9 @@ class _Training(_OnStream):
     """of each experience, the last number for all that follow"""
     batch_size: Annotated[int | None, _one(parse_whole, "N"), _as_searched] = None
     """training mini-batch size"""
+    settings: Settings = None
+    """how values are chosen: defaults, first-experience, transfer or oracle, as docs/protocol.md
+    explains, or a search's folder or settings file; what is given with other options is above it"""
     tensorboard: bool = True
     """write a log directory for each run, for `tensorboard --logdir FOLDER/tensorboard`"""
 
@@ -264,10 +280,25 @@ class _Training(_OnStream):
 
             find_device(self.device)
         fixed = self.given("device", "model", "experiences", "epochs", "batch_size", "loss")
+        fixed["settings"] = self.settings
+        stream = self.given("model", "loss")
+        require_settings(self.settings, self.benchmark, scenario, methods, **stream)
         return [
             make_config(self.benchmark, scenario, method, 0, hyper[method], **fixed)
             for method in methods
         ]
+
+
+def _print_settings(configs: Sequence[RunConfig]) -> None:
+    """Print each config's values with where they come from."""
+    width = max(len(config.method) for config in configs)
+    for config in configs:
+        print(f"  {config.method:{width}}  {_explained(config)}")
+
+
+def _explained(config: RunConfig) -> str:
+    values = {**config.hyper, "epochs": config.epochs, "batch_size": config.batch_size}
+    return explain(values, config.sources)
 
 
 def _known(kind: str, name: str, names: Mapping[str, Any]) -> str:
@@ -296,16 +327,24 @@ def _split_override(text: str, form: str) -> tuple[str, str]:
 
 
 def _overrides(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return by method what ``--set METHOD.KEY=VALUE`` says."""
+    """Return by method what ``--set KEY=VALUE`` (for all) and ``METHOD.KEY=VALUE`` say."""
     overrides: dict[str, dict[str, str]] = defaultdict(dict)
-    for text in texts:
-        place, value = _split_override(text, "METHOD.KEY=VALUE")
-        method, dot, key = place.partition(".")
-        if not dot or method not in methods:
+    for text in sorted(texts, key=lambda text: "." in text.partition("=")[0]):  # of one: above
+        place, value = _split_override(text, "METHOD.KEY=VALUE, or KEY=VALUE for all methods")
+        method, dot, key = place.rpartition(".")
+        if not dot:
+            lacking = [method for method in methods if key not in METHODS[method].defaults]
+            if lacking:
+                raise UserError(
+                    f"--set {text}: {', '.join(lacking)} {'have' if lacking[1:] else 'has'} no "
+                    f"{key}; write METHOD.KEY=VALUE for each of the others"
+                )
+        elif method not in methods:
             raise UserError(
                 f"--set {text}: {method!r} is none of the methods compared; write METHOD.KEY=VALUE"
             )
-        overrides[method][key] = value
+        for one in [method] if dot else methods:
+            overrides[one][key] = value
     return overrides
 
 
@@ -337,8 +376,8 @@ class Compare(_Training):
     """the methods"""
     seeds: Seeds = 3
     """seeds 0 to N-1 for each method"""
-    set: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="METHOD.KEY=VALUE")] = ()
-    """a hyper-parameter"""
+    set: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="[METHOD.]KEY=VALUE")] = ()
+    """a hyper-parameter, without METHOD for all of them"""
     jobs: Jobs = None
     """runs at a time"""
     engine: Literal["local", "ray"] = "local"
@@ -348,15 +387,33 @@ class Compare(_Training):
     ] = None
     """address of the cluster"""
 
+    def known_methods(self, scenario: str) -> list[str]:
+        """Return the methods that were named, else the usual ones that ``settings`` has."""
+        methods = _known_methods(self.methods, scenario, self.loss)
+        if self.methods:
+            return methods
+        stream = self.given("model", "loss")
+        has = {
+            method: find_setting(self.settings, self.benchmark, scenario, method, **stream)
+            for method in methods
+        }
+        lacking = [method for method in methods if has[method] is None]
+        if lacking and len(lacking) < len(methods):
+            print(f"left out, --settings {self.settings} has nothing for: {', '.join(lacking)}")
+        return [method for method in methods if has[method] is not None] or methods
+
     def run(self, command_line: str) -> int:
         _, scenario = self.check_stream()
-        methods = _known_methods(self.methods, scenario, self.loss)
+        methods = self.known_methods(scenario)
         overrides = _overrides(self.set, methods)
         # A cluster may have a device that is not here.
         first = self.configs(methods, overrides, local=self.engine == "local")
         configs = [
             dataclasses.replace(config, seed=seed) for seed in range(self.seeds) for config in first
         ]
+        print("settings:")
+        _print_settings(first)
+        sys.stdout.flush()
         from .reporting.report import write_report
         from .running.compare import run_all
         from .running.records import Results
@@ -405,6 +462,9 @@ class Run(_Training):
         overrides = dict(_split_override(text, "KEY=VALUE") for text in self.set)
         (config,) = self.configs([method], {method: overrides}, local=True)
         config = dataclasses.replace(config, seed=self.seed)
+        print("settings:")
+        _print_settings([config])
+        sys.stdout.flush()
         from tqdm import tqdm
 
         from .reporting.tables import plain_table, table_rows
@@ -460,14 +520,17 @@ class Search(_OnStream):
     """a hyper-parameter that is not searched"""
     jobs: Jobs = None
     """methods at a time"""
+    on: Literal["stream", "first-experience"] = "stream"
+    """what a trial sees: the whole stream, or the first experience alone, on which it is trained
+    and measured"""
     adopt: bool = False
-    """make the result this checkout's default settings"""
+    """make the result this checkout's settings, for --settings oracle or first-experience"""
 
     def run(self, command_line: str) -> int:
         spec, scenario = self.check_stream()
         methods = _known_methods(self.methods, scenario, self.loss)
         held = _overrides(self.set, methods)
-        from .protocol.tuned_settings import SETTINGS_FILE, adopted
+        from .protocol.tuned_settings import adopted
         from .running.files import write_atomically
         from .running.processes import available_cores
         from .running.run import find_device
@@ -480,7 +543,7 @@ class Search(_OnStream):
             self.benchmark,
             scenario,
             methods,
-            self.folder / "search",
+            self.folder / ("search" if self.on == STREAM else f"search-{FIRST_EXPERIENCE}"),
             self.trials,
             self.tuning_seeds,
             self.epochs_choices or spec.epochs_choices,
@@ -491,14 +554,14 @@ class Search(_OnStream):
             self.finalists,
             self.finalist_seeds,
             held={name: _values(name, texts) for name, texts in held.items()},
+            on=self.on,
             **self.given("model", "experiences", "loss"),
             **device,
         )
         for method, setting in settings.items():
             print(method, json.dumps(setting.as_dict()))
         if self.adopt:
-            content = adopted(self.benchmark, scenario, settings, self.model)
-            write_atomically(SETTINGS_FILE, content)
+            write_atomically(*adopted(self.benchmark, scenario, settings, self.model))
         return 0
 
 
@@ -534,13 +597,26 @@ class Report(Command):
 
 @dataclass(kw_only=True)
 class List(Command):
-    """Name the benchmarks, scenarios, methods with their hyper-parameters, and models."""
+    """Name the benchmarks, scenarios, methods, losses and models, and the values that runs use."""
+
+    benchmark: Name = "split-digits"
+    """the benchmark that the values are for"""
+    scenario: Annotated[
+        str | None, _one(str, "NAME"), _default("class, or the benchmark's only one")
+    ] = None
+    """task, domain or class"""
+    settings: Settings = None
+    """how values are chosen, as for run"""
 
     def run(self, command_line: str) -> int:
+        spec = BENCHMARKS[_known("benchmark", self.benchmark, BENCHMARKS)]
+        scenario = _known("scenario", self.scenario or spec.scenarios[0], SCENARIOS)
+        require_possible(self.benchmark, scenario, spec.experiences)
+        values = {name: self._values_of(name, scenario) for name in METHODS}
         registries: dict[str, Mapping[str, Any]] = {
             "benchmarks": BENCHMARKS,
             "scenarios": SCENARIOS,
-            "methods": METHODS,
+            f"methods, with what `run` uses on {self.benchmark} {scenario}": METHODS,
             "losses": LOSSES,
             "models": MODELS,
         }
@@ -549,16 +625,24 @@ class List(Command):
             print(f"{kind}:")
             for name, entry in entries.items():
                 lines = [entry if isinstance(entry, str) else entry.description]
-                if kind == "benchmarks":
+                if entries is BENCHMARKS:
                     lines.append(f"model {entry.model}; scenarios {', '.join(entry.scenarios)}")
-                elif kind == "methods":
-                    values = ", ".join(f"{key}={v}" for key, v in entry.defaults.items())
+                elif entries is METHODS:
                     only = set(entry.scenarios) != set(SCENARIOS)
                     scenarios = f"; scenario {', '.join(entry.scenarios)}" if only else ""
-                    lines += [entry.family + scenarios, values]
+                    lines += [entry.family + scenarios, values[name]]
                 for label, line in zip((name, "", ""), lines, strict=False):
                     print(f"  {label:{width}}  {line}")
         return 0
+
+    def _values_of(self, method: str, scenario: str) -> str:
+        if reason := why_not(method, scenario):
+            return reason
+        if find_setting(self.settings, self.benchmark, scenario, method) is None:
+            return f"nothing for --settings {self.settings}"
+        return _explained(
+            unchecked_config(self.benchmark, scenario, method, settings=self.settings)
+        )
 
 
 @dataclass(kw_only=True)

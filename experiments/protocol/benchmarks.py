@@ -77,6 +77,8 @@ class Benchmark:
         published: hyper-parameters by method's name, where a paper gives them.
         deterministic: reading a sample gives the same each time, although in_memory cannot tell.
         origin: the user's function that it was declared with; None for a built-in one.
+        partner: the benchmark whose searched settings ``--settings transfer`` takes, if there is
+            one of the same kind.
     """
 
     description: str
@@ -95,6 +97,7 @@ class Benchmark:
     published: Mapping[str, Hyper] = field(default_factory=dict)
     deterministic: bool = False
     origin: Callable[..., Any] | None = None
+    partner: str | None = None
 
     def count_labels(self, scenario: str, experiences: int) -> int:
         """Return how many labels a head of the model tells apart."""
@@ -112,6 +115,7 @@ def make_benchmark(
     seed: int = 0,
     validation: bool = False,
     train_share: float = 1.0,
+    first_only: bool = False,
 ) -> CLScenario:
     """Make a benchmark with a train and a test stream of as many experiences.
 
@@ -127,6 +131,7 @@ def make_benchmark(
         validation: cut the test stream from the training data, see :data:`VALIDATION_SHARE`; the
             test data is not used at all.
         train_share: with ``validation``, the share of each class's other training data to keep.
+        first_only: with ``validation``, keep the first experience alone.
 
     Raises:
         UserError: a scenario or number of experiences that the benchmark does not have, or data
@@ -138,7 +143,8 @@ def make_benchmark(
     benchmark = spec.load(Stream(scenario, experiences, spec.classes, seed, data_root))
     if not validation:
         return benchmark
-    return _with_validation_as_test(benchmark, train_share, same_images=spec.shared_labels)
+    kept = benchmark.train_stream[:1] if first_only else benchmark.train_stream
+    return _with_validation_as_test(kept, train_share, same_images=spec.shared_labels)
 
 
 def require_data(name: str, scenario: str, data_root: Path | None = None) -> None:
@@ -173,9 +179,9 @@ def _listed(values: Iterable[int]) -> str:
 
 
 def _with_validation_as_test(
-    benchmark: CLScenario, train_share: float, same_images: bool
+    stream: Iterable[Any], train_share: float, same_images: bool
 ) -> CLScenario:
-    """Put a class-balanced part of each training experience in the test experience's place.
+    """Make a benchmark whose test experiences are a class-balanced part of these training ones.
 
     With ``same_images`` all experiences hold out the same places: an image that is held out in
     one is not trained on, differently permuted, in another.
@@ -184,7 +190,7 @@ def _with_validation_as_test(
 
     rng = np.random.default_rng(0)  # the same part for every method and seed
     train, test = [], []
-    for experience in benchmark.train_stream:
+    for experience in stream:
         if same_images:
             rng = np.random.default_rng(0)
         targets = np.asarray(list(experience.dataset.targets))
@@ -340,6 +346,7 @@ BENCHMARKS = {
         model="mlp-400",
         batch_size=128,
         load=_split("SplitMNIST", "MNIST", "mnist"),
+        partner="split-fmnist",
     ),
     "permuted-mnist": Benchmark(
         description="MNIST 10 times (--experiences N), the pixels permuted anew each time",
@@ -360,6 +367,7 @@ BENCHMARKS = {
         model="mlp-400",
         batch_size=128,
         load=_split("SplitFMNIST", "Fashion-MNIST", "fashionmnist"),
+        partner="split-mnist",
     ),
     "split-cifar10": _ten_classes(
         description="CIFAR-10 in 5 × 2 classes",

@@ -36,6 +36,10 @@ class RunConfig:
             leave the test data alone, after the last experience: for choosing settings.
         train_share: with ``validation``, the share of the other training data that is used.
         loss: name of the loss.
+        first_only: with ``validation``, train on and evaluate the first experience alone.
+        sources: where epochs, batch size and hyper-parameters come from, by name, as
+            :class:`.tuned_settings.Source` writes it. It tells people and records, and is no part
+            of what makes two configs equal.
     """
 
     benchmark: str
@@ -51,6 +55,8 @@ class RunConfig:
     validation: bool = False
     train_share: float = 1.0
     loss: str = USUAL_LOSS
+    first_only: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, list):  # JSON has no tuples
@@ -75,6 +81,11 @@ class RunConfig:
                 raise UserError(f"{name} must be a text, got {getattr(self, name)!r}")
         if not isinstance(self.validation, bool):
             raise UserError(f"validation must be true or false, got {self.validation!r}")
+        if not isinstance(self.first_only, bool) or (self.first_only and not self.validation):
+            raise UserError(
+                f"first_only must be true or false, and false without validation, got "
+                f"{self.first_only!r}"
+            )
         if not isinstance(self.hyper, Mapping):
             raise UserError(f"hyper must be a table of hyper-parameters, got {self.hyper!r}")
         for name, number in (("train_share", self.train_share), *self.hyper.items()):
@@ -87,10 +98,15 @@ class RunConfig:
         object.__setattr__(self, "hyper", MappingProxyType(dict(sorted(self.hyper.items()))))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the config as JSON can hold it; records name no loss where it is the usual one."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the config without its sources as JSON can hold it.
+
+        Records name no loss where it is the usual one, nor ``first_only`` where it is false.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         if self.loss == USUAL_LOSS:
             del values["loss"]
+        if not self.first_only:
+            del values["first_only"]
         epochs = list(self.epochs) if isinstance(self.epochs, tuple) else self.epochs
         return {**values, "epochs": epochs, "hyper": dict(self.hyper)}
 
@@ -101,7 +117,7 @@ class RunConfig:
         return self.epochs[min(experience, len(self.epochs) - 1)]
 
     def __reduce__(self) -> Any:
-        return (_from_dict, (self.as_dict(),))
+        return (_from_dict, (self.as_dict() | {"sources": dict(self.sources)},))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -110,7 +126,7 @@ class RunConfig:
         Raises:
             UserError: unknown or missing keys, or values out of range.
         """
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.compare}
         if unknown := set(values) - known:
             raise UserError(f"unknown config keys {sorted(unknown)}; known are {sorted(known)}")
         try:
@@ -124,7 +140,7 @@ class RunConfig:
 
 
 def _from_dict(values: dict[str, Any]) -> RunConfig:
-    return RunConfig.from_dict(values)
+    return RunConfig(**values)
 
 
 # Values as people write them

@@ -57,6 +57,8 @@ class Method:
         family: one of the four families.
         scenarios: those that it is for.
         origin: the user's function that it was declared with; None for a built-in one.
+        unseen: hyper-parameters that change nothing before a second experience comes; a search
+            on the first experience leaves their defaults.
     """
 
     description: str
@@ -68,6 +70,7 @@ class Method:
     family: str = TRAINS
     scenarios: tuple[str, ...] = ("class", "domain", "task")
     origin: Build | None = None
+    unseen: tuple[str, ...] = ()
 
     @property
     def has_old_samples(self) -> bool:
@@ -486,6 +489,7 @@ METHODS = {
         build=_ewc,
         space=_both(_sgd_space, _ewc_space),
         style=Style("#2009dd", "^"),
+        unseen=("ewc_lambda",),
     ),
     "ewc-online": Method(
         description="online EWC on SGD: one penalty, old importances fade",
@@ -497,6 +501,7 @@ METHODS = {
             "decay_factor": trial.suggest_float("decay_factor", 0.5, 1.0),
         },
         style=Style("#5269fa", "v"),
+        unseen=("ewc_lambda", "decay_factor"),
     ),
     "si": Method(
         description="synaptic intelligence on SGD: importance is a weight's part in the fall of "
@@ -505,6 +510,7 @@ METHODS = {
         build=_si,
         space=_both(_sgd_space, _si_space),
         style=Style("#8e1404", "<"),
+        unseen=("si_lambda", "eps"),
     ),
     "mas": Method(
         description="memory aware synapses on SGD: importance is what a weight does to the output",
@@ -512,6 +518,7 @@ METHODS = {
         build=_mas,
         space=_both(_sgd_space, _mas_space),
         style=Style("#a8565c", ">"),
+        unseen=("lambda_reg", "alpha"),
     ),
     "lwf": Method(
         description="learning without forgetting on SGD: the former model's answers on the new "
@@ -520,6 +527,7 @@ METHODS = {
         build=_lwf,
         space=_both(_sgd_space, _lwf_space),
         style=Style("#370c7d", "p"),
+        unseen=("alpha", "temperature"),
     ),
     "rwalk": Method(
         description="Riemannian walk on SGD: importance is Fisher information plus a score along "
@@ -528,6 +536,7 @@ METHODS = {
         build=_rwalk,
         space=_both(_sgd_space, _rwalk_space),
         style=Style("#75024b", "h"),
+        unseen=("ewc_lambda", "ewc_alpha", "delta_t"),
     ),
     "replay": Method(
         description="SGD with stored samples in each mini-batch: a reference, the others store "
@@ -583,6 +592,7 @@ METHODS = {
         space=_consolidated_space,
         style=Style("#4b281e", "*"),
         usual=False,
+        unseen=("consolidation",),
     ),
     "class-means": Method(
         description="closed form on raw inputs: the nearest class mean",
@@ -614,6 +624,7 @@ METHODS = {
         build=_owm,
         space=lambda trial: {**_sgd_space(trial), "alpha": _log(trial, "alpha", 1e-4, 100.0)},
         usual=False,
+        unseen=("alpha",),
     ),
     "gpm": Method(
         description="gradient projection memory on SGD: a basis of earlier inputs is kept off",
@@ -624,6 +635,7 @@ METHODS = {
             "share": trial.suggest_float("share", 0.8, 0.999),
         },
         usual=False,
+        unseen=("share",),
     ),
     "ncm": Method(
         description="nearest class mean of the features, SGD with feature distillation",
@@ -632,6 +644,7 @@ METHODS = {
         space=_both(_sgd_space, _distilled_space),
         usual=False,
         scenarios=("class", "domain"),
+        unseen=("alpha",),
     ),
     "fecam": Method(
         description="FeCAM: nearest class by its own covariance, SGD with feature distillation",
@@ -640,6 +653,7 @@ METHODS = {
         space=_both(_sgd_space, _distilled_space),
         usual=False,
         scenarios=("class", "domain"),
+        unseen=("alpha",),
     ),
     "lfl": Method(
         description="less-forgetful learning on SGD: features are held, the first head stays",
@@ -648,6 +662,7 @@ METHODS = {
         space=lambda trial: {**_sgd_space(trial), "lambda_e": _log(trial, "lambda_e", 1e-3, 1e3)},
         usual=False,
         scenarios=("class", "domain"),
+        unseen=("lambda_e",),
     ),
     "cwr": Method(
         description="CWR*: the network learns once, then each class's weights of the head",
@@ -680,6 +695,7 @@ METHODS = {
         usual=False,
         family=GENERATES,
         scenarios=("class", "domain"),
+        unseen=("latent", "generator_lr"),
     ),
 }
 """All methods by name."""
@@ -703,6 +719,7 @@ def _with_matrices(method: str, penalty: Space) -> Method:
         build=build,
         space=_both(penalty, _matrix_space),
         usual=False,
+        unseen=spec.unseen,
     )
 
 

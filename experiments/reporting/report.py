@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..protocol.methods import family_of
+from ..protocol.tuned_settings import Source, explain
 from ..running.files import write_atomically
 from ..running.records import describe_failure
 from .figures import CAPTIONS, draw_figures
@@ -108,7 +109,8 @@ _INTERVALS = (
 
 _SOURCES = {
     "searched": "searched on validation data",
-    "transferred": "searched on validation data, with another model",
+    "first-experience": "searched on validation data of the first experience",
+    "transferred": "searched on validation data of another stream or with another model",
     "published": "from a paper",
     "default": "defaults, not tuned",
     "given": "given by the user",
@@ -117,15 +119,26 @@ _SOURCES = {
 
 def _sources(rows: Sequence[Row]) -> str:
     """Return where the rows' settings come from, in a sentence."""
-    by_source = {
-        text: ", ".join(sorted(row["method"] for row in rows if row["source"] == source))
-        for source, text in _SOURCES.items()
-    }
-    used = {text: methods for text, methods in by_source.items() if methods}
+    order = {kind: place for place, kind in enumerate(_SOURCES)}
+    used: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: (order.get(row["source"], -1), row["method"])):
+        text = _source(row)
+        used[text] = f"{used[text]}, {row['method']}" if text in used else row["method"]
     if len(used) == 1:
         return f"Settings: {next(iter(used))}, for all methods."
     listed = "; ".join(f"{text}: {methods}" for text, methods in used.items())
     return f"Settings, NOT of the same kind for all methods: {listed}."
+
+
+def _source(row: Row) -> str:
+    """Return where a row's setting comes from; of one that was given in part, both."""
+    kinds = {key: Source.parse(text).kind for key, text in row["sources"].items()}
+    given = [key for key, kind in kinds.items() if kind == "given"]
+    if not given:
+        return _SOURCES.get(row["source"], str(row["source"]))
+    others = sorted(set(kinds.values()) - {"given", "default"}) or ["default"]
+    rest = f", the rest {_SOURCES.get(others[0], others[0])}" if len(given) < len(kinds) else ""
+    return f"{' and '.join(given)} {_SOURCES['given']}{rest}"
 
 
 def _missing_seeds(rows: Sequence[Row], results: Sequence[Result]) -> list[str]:
@@ -145,5 +158,10 @@ def _settings(rows: Sequence[Row]) -> tuple[str, list[tuple[str, str]]]:
     first = rows[0]["config"]
     same = [key for key in first if all(row["config"][key] == first[key] for row in rows)]
     common = {key: value for key, value in flat(first).items() if key in same}
-    own = [(row["method"], describe(flat(row["config"]), [*TITLE_KEYS, *common])) for row in rows]
+    own = []
+    for row in rows:
+        values = {k: v for k, v in flat(row["config"]).items() if k not in (*TITLE_KEYS, *common)}
+        known = {key: value for key, value in values.items() if key in row["sources"]}
+        rest = describe(values, list(known))
+        own.append((row["method"], "; ".join(filter(None, [explain(known, row["sources"]), rest]))))
     return describe(common, TITLE_KEYS), own

@@ -197,7 +197,9 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     * ``n``: the number of seeds,
     * ``pairs``: how many of them the difference is over,
     * ``config``: the first run's,
-    * ``source``: where its epochs, batch size and hyper-parameters come from,
+    * ``source``: the kind of its setting,
+    * ``sources``: where its epochs, batch size and hyper-parameters come from, by name; empty of
+      records that do not say,
     * ``curve``: intervals of the mean accuracy on the experiences so far, after each of them, %,
     * ``forgetting_curve``: intervals of the mean forgetting of the experiences before, from the
       second experience on, %; empty where there is only one evaluation,
@@ -222,6 +224,7 @@ def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "pairs": len(_differences(label, REFERENCE, groups, accuracy)),
                 "config": config,
                 "source": runs[0]["setting"],
+                "sources": runs[0].get("sources", {}),
                 **{
                     column.key: _interval(
                         _differences(label, column.reference, groups, accuracy)

@@ -322,6 +322,9 @@ def _require_whole(record: Mapping[str, Any]) -> RunConfig:
     if "error" in record:
         return config
     _require("setting", record["setting"], str)
+    _require("sources", record.get("sources", {}), dict)
+    for source in record.get("sources", {}).values():
+        _require("sources", source, str)
     _require("environment", record.get("environment", {}), dict)
     for key, (least, most) in _NUMBERS.items():
         if record[key] is not None or key in _ALWAYS:

@@ -103,6 +103,7 @@ def _run(
         seed=config.seed if spec.random else 0,
         validation=config.validation,
         train_share=config.train_share,
+        first_only=config.first_only,
     )
     model = make_model(config.model, spec.shape, labels, config.scenario == "task")
     strategy = METHODS[config.method].build(
@@ -136,6 +137,7 @@ def _run(
         "config": config.as_dict(),
         "setting": source_of(config),
         **({"code": code} if (code := code_of(config)) else {}),
+        "sources": dict(config.sources),
         **_accuracies(steps),
         "confusion_matrix": steps[-1]["confusion_matrix"],
         "accumulator_maps": [step["map"] for step in steps if step.get("map") is not None],

@@ -22,7 +22,14 @@ from ..errors import DivergedError, UserError, one_line
 from ..protocol.benchmarks import require_data
 from ..protocol.config import Hyper, RunConfig
 from ..protocol.methods import METHODS
-from ..protocol.tuned_settings import Setting, make_config, place_of
+from ..protocol.tuned_settings import (
+    FIRST_EXPERIENCE,
+    STREAM,
+    Setting,
+    make_config,
+    place_of,
+    settings_json,
+)
 from ..running.files import make_folder, write_atomically
 from ..running.processes import WorkerDiedError, in_processes
 from ..running.run import run
@@ -54,6 +61,7 @@ def search(
     finalist_seeds: int = 3,
     held: Mapping[str, Hyper] | None = None,
     start: str = "spawn",
+    on: str = STREAM,
     **fixed: Any,
 ) -> dict[str, Setting]:
     """Search each method's settings; continue a search that was cut off in the same folder.
@@ -87,6 +95,10 @@ def search(
         finalist_seeds: with how many more.
         held: by method, hyper-parameters that are not searched, with their values.
         start: see :func:`experiments.running.processes.in_processes`.
+        on: what a trial sees, ``stream``, or ``first-experience``: it trains on the first
+            experience alone and is measured on validation data of it. Hyper-parameters that change
+            nothing there (:attr:`.methods.Method.unseen`) keep their defaults, and of trials that
+            are equally good the one with the fewest epochs and then the lowest lr is best.
         **fixed: other RunConfig fields for every trial, such as ``model``.
 
     Returns:
@@ -99,10 +111,11 @@ def search(
     place, seed = (benchmark, scenario), FIRST_TUNING_SEED
     for method in methods:  # wrong arguments are refused before anything is written
         hyper = (held or {}).get(method)
-        make_config(*place, method, seed, hyper, validation=True, train_share=train_share, **fixed)
+        common: dict[str, Any] = {"validation": True, "train_share": train_share, **fixed}
+        make_config(*place, method, seed, hyper, "defaults", **common)
     make_folder(folder)
     require_data(benchmark, scenario, data_root)
-    arguments = {
+    arguments: dict[str, Any] = {
         "benchmark": benchmark,
         "scenario": scenario,
         "tuning_seeds": tuning_seeds,
@@ -111,6 +124,8 @@ def search(
         "train_share": train_share,
         "fixed": fixed,
     }
+    if on != STREAM:  # journals of before name nothing
+        arguments["on"] = on
     searched_before = {path.stem for path in folder.glob("*.journal")}
     for method in sorted(searched_before - set(methods)):
         open_study(method, folder)  # it is read at the end: one that cannot be read is known now
@@ -138,8 +153,8 @@ def search(
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
     write_atomically(folder / "trials.csv", _trials_csv(studies))
     settings = {method: _best(study, batch_size) for method, study in studies.items()}
-    chosen = {place_of(*place, fixed.get("model")): {m: s.as_dict() for m, s in settings.items()}}
-    write_atomically(folder / "settings.json", json.dumps(chosen, indent=1) + "\n")
+    chosen = {place_of(*place, fixed.get("model")): settings}
+    write_atomically(folder / "settings.json", settings_json(chosen))
     return {method: settings[method] for method in methods}
 
 
@@ -180,10 +195,12 @@ def config_of(
         study.study_name,
         FIRST_TUNING_SEED + seed,
         hyper,
+        "defaults",
         epochs=epochs,
         batch_size=arguments["batch_size"],
         validation=True,
         train_share=train_share or arguments["train_share"],
+        first_only=arguments.get("on") == FIRST_EXPERIENCE,
         **arguments["fixed"],
     )
 
@@ -197,7 +214,10 @@ def _objective(trial: Trial, data_root: Path | None) -> float:
     study = trial.study
     arguments = study.user_attrs["arguments"]
     epochs = trial.suggest_categorical("epochs", arguments["epochs_choices"])
-    hyper = METHODS[study.study_name].space(trial) | arguments.get("held", {})
+    method = METHODS[study.study_name]
+    unseen = method.unseen if arguments.get("on") == FIRST_EXPERIENCE else ()
+    suggested = {key: value for key, value in method.space(trial).items() if key not in unseen}
+    hyper = suggested | arguments.get("held", {})
     trial.set_user_attr("hyper", hyper)
     values: list[float] = []
     for seed in range(arguments["tuning_seeds"]):
@@ -321,8 +341,16 @@ def _best(study: optuna.Study, batch_size: int) -> Setting:
         raise UserError(f"no trial of {study.study_name} succeeded; give more --trials")
     values = _with_all_seeds(study)
     finalists = [trial for trial in whole if trial.number in values]
-    best = max(finalists, key=lambda trial: values[trial.number]) if finalists else study.best_trial
-    return Setting(best.params["epochs"], batch_size, best.user_attrs["hyper"])
+    on = study.user_attrs["arguments"].get("on", STREAM)
+
+    def rank(trial: optuna.trial.FrozenTrial) -> tuple[float, ...]:
+        value = values[trial.number] if finalists else trial.value or 0.0
+        if on == STREAM:
+            return (value,)
+        return value, -trial.params["epochs"], -trial.user_attrs["hyper"].get("lr", 0.0)
+
+    best = max(finalists or whole, key=rank)
+    return Setting(best.params["epochs"], batch_size, best.user_attrs["hyper"], on)
 
 
 def _with_all_seeds(study: optuna.Study) -> dict[int, float]:

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -488,14 +489,14 @@ def test_damaged_settings_are_refused(tmp_path, monkeypatch):
     contents = ["", "{", "[]", "null", "[" * 10**5, good[: len(good) // 2], '{"a": 5}', '{"a": []}']
     for content in [*contents, *(json.dumps({"split-digits/class": {"classp": x}}) for x in bad)]:
         path.write_text(content)
-        settings._settings.cache_clear()
+        settings.read_settings.cache_clear()
         assert str(path) in refused("run", "--output", tmp_path / "out")
         assert path.read_text() == content
     path.unlink()
-    settings._settings.cache_clear()
+    settings.read_settings.cache_clear()
     assert str(path) in refused("run", "--output", tmp_path / "out")
     monkeypatch.undo()
-    settings._settings.cache_clear()
+    settings.read_settings.cache_clear()
 
 
 # Data
@@ -615,9 +616,10 @@ def test_output_that_nobody_takes_is_one_line_at_most():
             TRIED["command line"] += 1
             _, error = process.communicate()
             assert process.returncode == 2
-            assert error.startswith("error: ")
-            assert message in error
-            assert error.count("\n") == 1
+            # Whoever closes a pipe, like `head`, has seen enough.
+            told = re.fullmatch(f"error: .*{message}.*\n", error)
+            assert bool(told) == (message != "Broken pipe")
+            assert error.count("\n") <= 1
 
 
 @parametrize(("name", "kept"), [("report", True), ("speed", False)])

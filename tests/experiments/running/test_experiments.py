@@ -38,9 +38,9 @@ from experiments.protocol.methods import METHODS
 from experiments.protocol.tuned_settings import (
     SETTINGS_FILE,
     Setting,
-    _settings,
     adopted,
     make_config,
+    read_settings,
     searched_setting,
     source_of,
 )
@@ -265,14 +265,16 @@ def test_a_setting_belongs_to_the_model_that_it_was_searched_with(tmp_path, monk
     path = tmp_path / "settings.json"
     path.write_text(SETTINGS_FILE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr("experiments.protocol.tuned_settings.SETTINGS_FILE", path)
-    _settings.cache_clear()
-    request.addfinalizer(_settings.cache_clear)
+    read_settings.cache_clear()
+    request.addfinalizer(read_settings.cache_clear)
     own = make_config("split-digits", "class", "classp")
     other = make_config("split-digits", "class", "classp", model="mlp-400")
     assert (source_of(own), source_of(other)) == ("searched", "transferred")
     assert other.hyper == own.hyper
     setting = {"classp": Setting(3, 32, {"lr": 0.5})}
-    path.write_text(adopted("split-digits", "class", setting, "mlp-400"), encoding="utf-8")
+    where, content = adopted("split-digits", "class", setting, "mlp-400")
+    assert where == path
+    path.write_text(content, encoding="utf-8")
     after = make_config("split-digits", "class", "classp", model="mlp-400")
     assert (source_of(after), after.hyper["lr"], after.epochs) == ("searched", 0.5, 3)
     assert make_config("split-digits", "class", "classp") == own

@@ -201,3 +201,28 @@ def _fake_run(config, report, ended):
         report(i, lambda i=i: _fake_accuracy(config.hyper["lr"]) / i)
     ended.append(config)
     return {"average_accuracy": _fake_accuracy(config.hyper["lr"]) / 5}
+
+
+def test_a_search_on_the_first_experience_leaves_what_it_cannot_see(tmp_path, monkeypatch, capsys):
+    configs = []
+
+    def fake_run(config, data_root, report):
+        configs.append(config)
+        return {"average_accuracy": 1.0 if config.hyper["lr"] > 1e-3 else 0.5}
+
+    monkeypatch.setattr("experiments.tuning.search.run", fake_run)
+    monkeypatch.setattr("experiments.tuning.search.in_processes", in_this_process)
+    words = ["search", "--on", "first-experience", "--methods", "ewc", "--trials", "12"]
+    assert main([*words, "--tuning-seeds", "1", "--output", str(tmp_path)]) == 0
+    assert all(config.first_only and config.validation for config in configs)
+    assert {config.hyper["ewc_lambda"] for config in configs} == {100.0}  # the default
+    good = [config for config in configs if config.hyper["lr"] > 1e-3]
+    fewest = min(config.epochs for config in good)
+    lowest = min(config.hyper["lr"] for config in good if config.epochs == fewest)
+    folder = tmp_path / "search-first-experience"
+    (chosen,) = json.loads((folder / "settings.json").read_text())["split-digits/class"].values()
+    assert chosen["hyper"] == {"lr": lowest}
+    assert (chosen["epochs"], chosen["searched_on"]) == (fewest, "first-experience")
+    capsys.readouterr()
+    assert main(["list", "--settings", str(folder)]) == 0
+    assert "(searched on the first experience of split-digits/class)" in capsys.readouterr().out
