@@ -1,8 +1,9 @@
-"""The figure of the README, drawn from the committed records.
+"""The figures of the README and of docs/results.md, drawn from the committed records.
 
 python docs/figures.py
 """
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -10,12 +11,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from experiments.running.records import Results
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "experiments" / "results" / "split-mnist-class"
 FIGURE = ROOT / "docs" / "images" / "accuracy.png"
+NEGATIVE = ROOT / "experiments" / "results" / "negative"
+NEGATIVE_FIGURE = ROOT / "docs" / "images" / "negative.png"
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and labels besides.
 LINES = {
@@ -38,10 +42,29 @@ def accuracy_so_far(records, method):
     return 100 * np.mean(curves, axis=0)
 
 
+def draw_negative():
+    """Draw validation accuracy against lr, of the search that answers the negative result."""
+    trials = pd.read_csv(NEGATIVE / "search" / "trials.csv").dropna(subset="validation_accuracy")
+    trials["lr"] = [json.loads(hyper)["lr"] for hyper in trials["hyper"]]
+    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    axes.axvline(3e-4, color="#666666", linestyle="--", linewidth=1)
+    axes.text(3.3e-4, 4, "the study's lr for all", color="#666666")
+    for method in ("adam", "adagrad", "classp"):
+        label, colour, marker = LINES[method]
+        found = trials[trials["method"] == method].sort_values("lr")
+        accuracy = 100 * found["validation_accuracy"]
+        axes.plot(found["lr"], accuracy, color=colour, marker=marker, label=label)
+    axes.set(xscale="log", xlabel="lr", ylabel="validation accuracy, %", ylim=(0, 100))
+    axes.legend(frameon=False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    figure.savefig(NEGATIVE_FIGURE, dpi=150)
+
+
 def main():
-    """Draw the figure."""
-    records = Results(RECORDS).load()
+    """Draw the figures."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    draw_negative()
+    records = Results(RECORDS).load()
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     joint = [100 * r["average_accuracy"] for r in records if r["config"]["method"] == "joint"]
     axes.axhline(np.mean(joint), color="#666666", linestyle="--", linewidth=1)

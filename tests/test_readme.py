@@ -26,6 +26,7 @@ RESULTS = ROOT / "experiments" / "results"
 COMPARISONS = sorted(folder.parent for folder in RESULTS.glob("*/records.jsonl.gz"))
 ABLATIONS = sorted(page.parent for page in RESULTS.glob("ablation/*/table.md"))
 UNTUNED = [RESULTS / "untuned" / f"{name}-class" for name in ("split-mnist", "split-fmnist")]
+NEGATIVE = RESULTS / "negative"
 NINE = ("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rwalk")
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
@@ -140,7 +141,9 @@ def test_the_update_rule_of_the_readme_is_the_optimizers():
 
 
 @pytest.mark.parametrize(
-    "folder", COMPARISONS + ABLATIONS + UNTUNED, ids=lambda folder: folder.name
+    "folder",
+    [*COMPARISONS, *ABLATIONS, *UNTUNED, NEGATIVE / "same-lr"],
+    ids=lambda folder: folder.name,
 )
 def test_published_tables_follow_from_the_result_files(folder):
     results = Results(folder).load()
@@ -187,6 +190,35 @@ def test_the_docs_show_what_is_untuned():
         f"{last['slda']:.1f}, OWM {last['owm']:.1f}; MNIST)"
     )
     assert sizes in PAGES
+
+
+def test_the_docs_show_the_negative_result():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert side_by_side([NEGATIVE / "same-lr"])[0] in page
+    rows = {row["method"]: row for row in table_rows(Results(NEGATIVE / "same-lr").load())}
+    adam, classp = rows["adam"], rows["classp"]
+    mean, half = adam["difference"]
+    assert f"Adam is {mean:.1f} ± {half:.1f} points ahead" in page
+    assert f"Adam learns {adam['learning_accuracy'][0]:.1f} %" in page
+    assert f"forgets {adam['forgetting'][0]:.1f} points of it" in page
+    assert f"forgets {classp['forgetting'][0]:.1f} points and learns" in page
+    assert f"learns {classp['learning_accuracy'][0]:.1f} %" in page
+    with open(NEGATIVE / "search" / "trials.csv", encoding="utf-8") as file:
+        trials = [row for row in csv.DictReader(file) if row["validation_accuracy"]]
+    best = {
+        method: max(
+            float(row["validation_accuracy"])
+            for row in trials
+            if row["method"] == method and int(row["trial"]) < 10
+        )
+        for method in ("classp", "adagrad", "adam")
+    }
+    assert f"The best are {100 * best['classp']:.1f} % (`classp`" in page
+    assert f"{100 * best['adagrad']:.1f} (`adagrad`" in page
+    assert f"{100 * best['adam']:.1f} (`adam`" in page
+    assert best["adam"] == max(
+        float(row["validation_accuracy"]) for row in trials if row["method"] == "adam"
+    )
 
 
 @pytest.mark.parametrize("folder", COMPARISONS, ids=lambda folder: folder.name)
