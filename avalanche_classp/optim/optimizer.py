@@ -393,10 +393,7 @@ class CLASSPOptimizer(Optimizer):
             state.update(kind.new(weight, group, self._biases[weight]))
         kind.fit_(state, weight, group)
         for rows in rows_of(layer.module, args, rows_wanted(state), call):
-            rows = rows.to(state["basis"])
-            if state["constant"]:
-                rows = torch.nn.functional.pad(rows, (1, 0), value=1.0)
-            observe_(state, rows)
+            observe_(state, rows.to(state["basis"]))
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:

@@ -69,13 +69,15 @@ class Watcher:
         # A copy of the model has this hook, too.
         if module is not self.layer.module or not (module.training and torch.is_grad_enabled()):
             return
-        if torch._C._current_graph_task_id() != -1 and self.unrepeated:
-            self.unrepeated -= 1  # activation checkpointing repeats a call in the backward pass
+        # Activation checkpointing repeats a call in the backward pass.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self.unrepeated:
+            self.unrepeated -= 1
             return
         device_type = self.layer.weight.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             self.calls += 1
-            self.unrepeated += 1
+            self.unrepeated += not in_backward
             given = (*args, *(keywords[name] for name in INPUTS if name in keywords))
             self.observe(self.layer, given, self.calls)
 
@@ -160,7 +162,8 @@ def _patches(module: Any, x: Tensor, most: int, seed: int) -> Tensor:
     size = len(module.kernel_size)
     if x.dim() == size + 1:
         x = x[None]
-    x = _few(x, most, seed)
+    # A few samples have patches enough.
+    x = _few(x, max(1, most // 8), seed)
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)

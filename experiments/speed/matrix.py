@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "both_sides": True,
     },
     "inputs, rank 32": {"history": "inputs", "rank": 32},
+    "inputs, rank 64": {"history": "inputs", "rank": 64},
     "inputs, rank 128": {"history": "inputs", "rank": 128},
 }
 

@@ -129,7 +129,35 @@ def work_data_parallel(rank, folder):
             found[way].append(whole(model.module, optimizer))
     found["raised"] = nonfinite_on_one_process(DistributedDataParallel(network()), rank)
     found["matrix"] = with_matrix_accumulators(DistributedDataParallel(network()), batches(9, rank))
+    found["inputs"] = with_a_history_of_inputs(rank)
     return found
+
+
+class Branches(nn.Module):
+    """Layers of which the second sees samples in one process only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 1)
+
+    def forward(self, x, both):
+        return self.head(torch.tanh(self.first(x) + (self.second(x) if both else 0)))
+
+
+def with_a_history_of_inputs(rank):
+    """Return the weights and the moments that training ends with, with a basis of 4 directions."""
+    model = DistributedDataParallel(Branches(), find_unused_parameters=True)
+    optimizer = CLASSPOptimizer(model.parameters(), history="inputs", epsilon=1.0, rank=4)
+    optimizer.watch(model)
+    for x in batches(20, rank):
+        optimizer.zero_grad()
+        model(x, both=rank == 1).pow(2).mean().backward()
+        optimizer.step()
+    weights = [p.detach() for p in model.parameters()]
+    states = [optimizer.state[p] for p in model.parameters() if "basis" in optimizer.state[p]]
+    common = [[s[key] for key in ("basis", "factor")] for s in states]
+    return weights, common, [(s["moments"].trace() + s["rest"]).item() for s in states]
 
 
 def with_matrix_accumulators(model, inputs):
@@ -176,6 +204,18 @@ def test_data_parallel_processes_agree_after_every_step_and_equal_one_process(da
         assert_close(here, alone(step + 1, **WAYS[way]), rtol=1e-4, atol=1e-6)
 
 
+def test_data_parallel_processes_agree_on_the_inputs_that_some_of_them_saw(data_parallel):
+    here, there = (found["inputs"] for found in data_parallel)
+    assert_close(here[:2], there[:2], rtol=0, atol=0)
+    x = batches(20)
+    # The step of the last renewal is the sixteenth; what came later is not shared yet.
+    seen = [x[:17, rank::WORLD].square().sum(2).mean(1).sum().item() + 17 for rank in range(WORLD)]
+    later = [x[17:, rank::WORLD].square().sum(2).mean(1).sum().item() + 3 for rank in range(WORLD)]
+    for rank, (first, second, _) in enumerate((here[2], there[2])):
+        assert first == pytest.approx(sum(seen) / WORLD + later[rank], rel=1e-4)
+        assert second == pytest.approx(seen[1] / WORLD + rank * later[rank], rel=1e-4)
+
+
 def test_data_parallel_processes_agree_on_matrix_accumulators(data_parallel):
     here, there = (found["matrix"] for found in data_parallel)
     assert_close(here, there, rtol=0, atol=0)
@@ -212,13 +252,13 @@ def work_sharded(rank, folder):
     found["one shard"] = nan_in_one_shard(sharded(mesh), rank)
     found["hybrid"] = hybrid(rank)
     found["partial"] = partial_gradient(mesh, rank)
-    with pytest.raises(RuntimeError, match="is a DTensor: give it history='weights'"):
+    for history in ("gradients", "inputs"):
         model = sharded(mesh)
-        train(
-            model,
-            CLASSPOptimizer(model.parameters(), history="gradients", rank=2),
-            batches(1, rank),
-        )
+        optimizer = CLASSPOptimizer(model.parameters(), history=history, rank=2)
+        if history == "inputs":
+            optimizer.watch(model)
+        with pytest.raises(RuntimeError, match="is a DTensor: give it history='weights'"):
+            train(model, optimizer, batches(1, rank))
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from avalanche_classp import CLASSPOptimizer, carry_accumulators
 from avalanche_classp.optim.accumulators import diagonal, inputs
@@ -341,6 +342,52 @@ def test_a_step_sees_all_mini_batches_since_the_last():
         layer(torch.ones(2, 3)).sum().div(4).backward()
     assert optimizer.state[layer.weight]["moments"][0, 0] == 4
     optimizer.step()
+
+
+@parametrize("reentrant", [True, False])
+def test_activation_checkpointing_does_not_count_inputs_twice(reentrant):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    repeated = copy.deepcopy(model)
+    once, again = watched(model), watched(repeated)
+    x = torch.randn(8, 4, requires_grad=True)
+    for _ in range(3):
+        step(model, once, x, 0.0)
+        again.zero_grad()
+        out = checkpoint(repeated, x, use_reentrant=reentrant)
+        out.square().sum(1).mean().div(2).backward()
+        again.step()
+    for layer, other in ((model[0], repeated[0]), (model[2], repeated[2])):
+        A = joined_moments(once.state[layer.weight])
+        assert_close(joined_moments(again.state[other.weight]), A)
+        assert_close(A[0, 0], torch.tensor(3.0))
+    assert_close(list(model.parameters()), list(repeated.parameters()))
+
+
+@parametrize("threshold", [0.0, 1e-30])
+@parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_and_masks_do_not_change_the_step(layout, threshold):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].to(memory_format=layout)
+    optimizers = [watched(models[0]), watched(models[1], threshold=threshold)]
+    for _ in range(3):
+        x = torch.randn(2, 3, 6, 6)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert_close(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_a_bias_without_gradient_stays():
+    layer = nn.Linear(4, 3)
+    layer.bias.requires_grad_(False)
+    before = layer.bias.clone()
+    optimizer = watched(layer)
+    layer(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.bias, before)
 
 
 @parametrize("dtype", [torch.bfloat16, torch.float16])

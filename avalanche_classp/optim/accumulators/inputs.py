@@ -111,15 +111,18 @@ def observe_(state: State, rows: Tensor) -> None:
 
     Args:
         state: :func:`new_moments`'s; changed in place.
-        rows: of shape (rows, inputs). What is not finite does not count.
+        rows: of shape (rows, inputs), without the 1 for a bias. What is not finite does not count.
     """
-    inside = rows @ state["basis"]
-    moments = inside.T @ inside / len(rows)
-    rest = rows.square().sum() / len(rows) - moments.trace()
-    usable = rest.isfinite()
-    state["moments"] += torch.where(usable, moments, 0.0)
-    state["rest"] += torch.where(usable, rest, 0.0)
+    basis, constant, count = state["basis"], state["constant"], len(rows)
+    V = basis[int(constant) :]
+    inside = torch.addmm(basis[0], rows, V) if constant else rows @ V
+    outside = rows.square().sum() / count + constant - inside.square().sum() / count
+    usable = outside.isfinite()
+    inside = torch.where(usable, inside, 0.0)
+    state["moments"].addmm_(inside.T, inside, alpha=1 / count)
+    state["rest"] += torch.where(usable, outside, 0.0)
     if is_due(state) and not is_whole(state):
+        rows = torch.nn.functional.pad(rows, (int(constant), 0), value=1.0)
         rows = torch.where(usable, rows, 0.0)
         state["rows"] = torch.cat([state["rows"], rows]) if "rows" in state else rows
 
