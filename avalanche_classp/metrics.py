@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from avalanche.evaluation.metric_utils import phase_and_task, stream_type
 from torch import Tensor
 
 from avalanche_classp.optim.accumulators import diagonal
+from avalanche_classp.optim.checks import require_flag, require_number
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
 from avalanche_classp.optim.rule import Rule, accumulator_dtype, rule_of
 
@@ -325,11 +325,7 @@ class FreeMetric(_Share):
         if not rule.apply_decay:
             return size, size
         # rate / start = (epsilon / (epsilon + A))^(1/power), solved for A: no root, no 0 / 0.
-        try:
-            growth = self.share**-rule.power - 1
-        except OverflowError:
-            growth = math.inf
-        free = layer.accumulator <= (rule.epsilon * growth if rule.epsilon else 0.0)
+        free = layer.accumulator <= rule.epsilon * (self.share**-rule.power - 1)
         return free.count_nonzero(), size
 
 
@@ -423,16 +419,15 @@ def classp_metrics(
     """
     wanted = {"minibatch": minibatch, "epoch": epoch, "experience": experience}
     for name, value in {**wanted, "per_layer": per_layer}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        require_flag(name, value)
     if not any(wanted.values()):
         raise ValueError("nothing to emit: give minibatch=True, epoch=True or experience=True")
     if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
         raise TypeError(f"quantiles must be a sequence of numbers, got {quantiles!r}")
     for q in quantiles:
-        if not 0 <= _number("quantiles", q) <= 1:
+        if not 0 <= require_number("quantiles", q) <= 1:
             raise ValueError(f"quantiles must be from 0 to 1, got {q!r}")
-    if not 0 < _number("free_share", free_share) <= 1:
+    if not 0 < require_number("free_share", free_share) <= 1:
         raise ValueError(f"free_share must be above 0 and at most 1, got {free_share!r}")
     metrics: list[CLASSPMetric] = []
     if minibatch:
@@ -448,12 +443,6 @@ def classp_metrics(
     if experience:
         metrics += [MovementMetric("experience", per_layer), OverlapMetric("experience", per_layer)]
     return metrics
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return value
 
 
 def _grown(layer: Layer, before: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any, Unpack
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import CrossEntropyLoss, Module
 from torch.optim import Optimizer
 
+from avalanche_classp.optim.checks import require_whole
 from avalanche_classp.optim.hyperparameters import SPECS, Hyperparameters, documented
 from avalanche_classp.plugin import CLASSPPlugin
 
@@ -113,11 +113,11 @@ class CLASSP(SupervisedTemplate):
             raise TypeError(f"criterion must be callable or None, got {criterion!r}")
         if not (isinstance(evaluator, EvaluationPlugin | NoneType) or callable(evaluator)):
             raise TypeError(f"evaluator must be an EvaluationPlugin or make one, got {evaluator!r}")
-        _require_whole("train_mb_size", train_mb_size, 1)
-        _require_whole("train_epochs", train_epochs, 0)
-        _require_whole("eval_every", eval_every, -1)
+        require_whole("train_mb_size", train_mb_size)
+        require_whole("train_epochs", train_epochs, 0)
+        require_whole("eval_every", eval_every, -1)
         if eval_mb_size is not None:
-            _require_whole("eval_mb_size", eval_mb_size, 1)
+            require_whole("eval_mb_size", eval_mb_size)
         _require_plugins(plugins)
         keywords: dict[str, Any] = dict(base_kwargs)
         hyperparameters: Any = {n: keywords.pop(n) for n in SPECS if n in keywords}
@@ -138,13 +138,6 @@ class CLASSP(SupervisedTemplate):
             **keywords,
         )
         classp.take_over(self)
-
-
-def _require_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not least <= value <= sys.maxsize:
-        raise ValueError(f"{name} must be from {least} to {sys.maxsize}, got {value!r}")
 
 
 def _require_plugins(plugins: Any) -> None:

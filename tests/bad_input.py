@@ -62,7 +62,7 @@ def attempt(call: Callable[[], Any], *names: str, errors: tuple[type, ...] = CLE
 
 
 NUMBERS = [
-    *(0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**400, True, False),
+    *(0, 1, -1, 2**31, 2**63, 2**64, -(2**63), True, False),
     *(0.0, -0.0, 0.5, 1.5, -1e-3, 1e-320, 1e-45, 1e-38, 1e38, 3.5e38, 1e300, 1.7e308),
     *(math.nan, math.inf, -math.inf, 1j, fractions.Fraction(1, 3), decimal.Decimal("0.5")),
     *(np.float32(0.5), np.float16(2), np.int64(3), np.float64(math.nan), np.bool_(True)),

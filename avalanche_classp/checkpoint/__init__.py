@@ -1,6 +1,6 @@
 """Checkpoints of an Avalanche strategy; ``docs/checkpoints.md`` is the guide.
 
-``resume`` has the loop and the hooks, ``kinds`` says what is kept, ``file`` has the file format.
+``resume`` has the loop and the hooks, ``values`` says what is kept, ``file`` has the file format.
 ``encoding`` makes plain containers of a strategy and ``decoding`` puts them back, both beside the
 ``initial_state`` that the script has built. ``settings`` compares two versions of a script.
 ``avalanche_internals`` names what is used of Avalanche without documentation.

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from avalanche_classp.checkpoint.avalanche_internals import ParamData
-from avalanche_classp.checkpoint.encoding import classes_of, collect_initial_state
+from avalanche_classp.checkpoint.encoding import classes_of
 from avalanche_classp.checkpoint.file import CheckpointError
 from avalanche_classp.checkpoint.initial_state import InitialState
-from avalanche_classp.checkpoint.kinds import (
+from avalanche_classp.checkpoint.values import (
     ATOMS,
+    GENERATORS,
     MAPPINGS,
     SEQUENCES,
     VALUES,
@@ -43,7 +44,7 @@ _BUILD_AS_THEN = "build the strategy as it was built then, or name another folde
 def decode(
     strategy: Any,
     content: Mapping[str, Any],
-    initial: InitialState | None = None,
+    initial: InitialState,
     keep: Collection[str] = (),
 ) -> None:
     """Give a strategy, built by the same script, everything that was encoded.
@@ -51,13 +52,13 @@ def decode(
     Args:
         strategy: it is changed in place.
         content: what ``encode`` returned, read from a file; its tensors become the strategy's.
-        initial: what the script has built. Default (None): the strategy as it is.
+        initial: what the script has built.
         keep: paths of settings that stay those of the script.
 
     Raises:
         CheckpointError: the strategy is built differently. It may be changed in part.
     """
-    decoder = _Decoder(strategy, initial or collect_initial_state(strategy), keep)
+    decoder = _Decoder(strategy, initial, keep)
     decoder.value(content["strategy"], strategy, "strategy")
     for module in strategy.model.modules():
         if isinstance(module, nn.RNNBase):
@@ -65,11 +66,7 @@ def decode(
 
 
 def check_classes(strategy: Any, content: Mapping[str, Any]) -> None:
-    """Refuse a strategy of other parts than the one that was saved.
-
-    Raises:
-        CheckpointError: a part has another class, is missing or new.
-    """
+    """Refuse, by a CheckpointError, a strategy of other parts than the one that was saved."""
     for what, classes in classes_of(strategy):
         then = content["classes"][what]
         if len(then) != len(classes) or not all(map(is_named, classes, then)):
@@ -80,11 +77,7 @@ def check_classes(strategy: Any, content: Mapping[str, Any]) -> None:
 
 
 def check(strategy: Any, content: Mapping[str, Any], initial: InitialState) -> None:
-    """Do what :func:`decode` does, but change nothing.
-
-    Raises:
-        CheckpointError: it cannot be done.
-    """
+    """Raise a CheckpointError where :func:`decode` would; change nothing."""
     _Decoder(strategy, initial, dry=True).value(content["strategy"], strategy, "strategy")
 
 
@@ -352,14 +345,9 @@ class _Decoder:
         state = self.value(record["state"], None, where)
         if self._dry:
             return twin
-        if isinstance(twin, torch.Generator):
-            twin.set_state(state.cpu())
-        elif isinstance(twin, random.Random):
-            twin.setstate(state)
-        elif isinstance(twin, np.random.RandomState):
-            twin.set_state(state)
-        else:
-            twin.bit_generator.state = state
+        for generator, _, set_state in GENERATORS:
+            if isinstance(twin, generator):
+                set_state(twin, state)
         return twin
 
     def _misfit(self, where: str, name: str, twin: Any = None) -> CheckpointError:

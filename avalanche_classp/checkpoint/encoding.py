@@ -28,8 +28,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from avalanche_classp.checkpoint.avalanche_internals import ParamData, holds_samples
 from avalanche_classp.checkpoint.file import CheckpointError
 from avalanche_classp.checkpoint.initial_state import InitialState
-from avalanche_classp.checkpoint.kinds import (
+from avalanche_classp.checkpoint.settings import constructor_arguments
+from avalanche_classp.checkpoint.values import (
     ATOMS,
+    GENERATORS,
     KEPT_FROM_SCRIPT,
     LEFT_OUT,
     MAPPINGS,
@@ -43,7 +45,6 @@ from avalanche_classp.checkpoint.kinds import (
     key_path,
     same_code,
 )
-from avalanche_classp.checkpoint.settings import constructor_arguments
 
 __all__ = ["collect_initial_state", "encode", "encode_random_state"]
 
@@ -52,28 +53,18 @@ _LONGEST_SETTING = 100
 
 
 def collect_initial_state(strategy: Any, stream: Any = None) -> InitialState:
-    """Return what the script has built, to be trained on a stream.
-
-    Raises:
-        CheckpointError: the strategy holds what no checkpoint can hold.
-    """
+    """Return what the script has built; CheckpointError if no checkpoint can hold it."""
     initial = InitialState(strategy, stream)
     _Encoder(initial, collecting=True).value(strategy, "strategy")
     return initial
 
 
-def encode(strategy: Any, initial: InitialState | None = None) -> dict[str, Any]:
+def encode(strategy: Any, initial: InitialState) -> dict[str, Any]:
     """Return what a strategy holds as tensors, which are not copied, and plain containers.
 
-    Args:
-        strategy: an Avalanche strategy.
-        initial: what the script had built. Default (None): the strategy as it is.
-
     Raises:
-        CheckpointError: the script could not load something; the message says what, where it is
-            and what to do.
+        CheckpointError: the script could not load something again.
     """
-    initial = initial or collect_initial_state(strategy)
     classes = {what: [class_name(of) for of in found] for what, found in classes_of(strategy)}
     return {"classes": classes, "strategy": _Encoder(initial).value(strategy, "strategy")}
 
@@ -257,17 +248,11 @@ class _Encoder:
             if not self._initial.can_rebuild(of):
                 self._refuse_new(value, where)
             twin = ParamData("", (0,)) if of is ParamData else None
-        if isinstance(value, torch.Generator):
-            return {**record, "kind": "generator", "state": value.get_state()}
-        if isinstance(value, random.Random | np.random.Generator | np.random.RandomState):
-            if isinstance(value, random.Random):
-                state: Any = value.getstate()
-            elif isinstance(value, np.random.Generator):
-                state = value.bit_generator.state
-            else:
-                state = value.get_state(legacy=False)
-            with self._no_settings():
-                return {**record, "kind": "generator", "state": self.value(state, where)}
+        for generator, state_of, _ in GENERATORS:
+            if isinstance(value, generator):
+                with self._no_settings():
+                    state = self.value(state_of(value), where)
+                return {**record, "kind": "generator", "state": state}
         if isinstance(value, Optimizer):
             with self._no_settings():
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]

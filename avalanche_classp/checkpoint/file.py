@@ -1,11 +1,8 @@
 """Files that are whole or not there: written atomically, with a checksum, read without code.
 
 A file is a line with the format's version, a line with the SHA-256 of the rest in hexadecimal
-digits, and the rest: what ``torch.save`` makes of tensors and plain containers. Nothing of it is
-parsed before the checksum is right, and then only by ``torch.load(weights_only=True)``, which makes
-tensors and containers and calls nothing that a file names.
-
-This module needs torch alone.
+digits, and the rest: what ``torch.save`` makes of tensors and plain containers. Once the checksum
+is right ``torch.load(weights_only=True)`` reads it, and calls nothing that a file names.
 """
 
 from __future__ import annotations
@@ -37,11 +34,7 @@ class CheckpointError(RuntimeError):
 
 
 def write_file(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all, whatever happens meanwhile.
-
-    Raises:
-        CheckpointError: it cannot be written. Nothing is left behind.
-    """
+    """Write a whole file or, with a CheckpointError, none."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     payload = buffer.getbuffer()
@@ -55,7 +48,10 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name != "nt":  # make the renaming last; Windows does, and opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {error.strerror}; see to it that it can be "
@@ -66,23 +62,8 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last; where folders cannot be opened (Windows) the system does."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def verified(path: Path) -> memoryview:
-    """Return the part of a file that holds its content, if the file is whole.
-
-    Raises:
-        CheckpointError: it is truncated, corrupt, no checkpoint or cannot be read.
-    """
+    """Return the part of a file that holds its content; CheckpointError if it is not whole."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -105,15 +86,7 @@ def verified(path: Path) -> memoryview:
 
 
 def read_file(path: Path, device: torch.device) -> dict[str, Any]:
-    """Return the content of a file.
-
-    Args:
-        path: of the file.
-        device: where tensors go that were not on a CPU.
-
-    Raises:
-        CheckpointError: as :func:`verified`.
-    """
+    """Return the content of a whole file; see :func:`read_content`."""
     content = read_content(verified(path), path, device)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no checkpoint; move it away")
@@ -121,7 +94,10 @@ def read_file(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def read_content(payload: memoryview, path: Path, device: torch.device) -> Any:
-    """Return what ``torch.save`` wrote, without running code from it; as :func:`read_file`."""
+    """Return what ``torch.save`` wrote, without running code from it.
+
+    Tensors that were not on a CPU go to the device.
+    """
 
     def place(storage: Any, location: str) -> Any:
         return storage if location == "cpu" or device.type == "cpu" else storage.to(device=device)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 from avalanche_classp.checkpoint.avalanche_internals import REBUILT_PACKAGES, ParamData
-from avalanche_classp.checkpoint.kinds import (
+from avalanche_classp.checkpoint.values import (
     BUILTIN_CLASSES,
     KEPT_FROM_SCRIPT,
     NotSaved,

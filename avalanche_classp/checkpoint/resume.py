@@ -38,8 +38,9 @@ from avalanche_classp.checkpoint.file import (
     verified,
     write_file,
 )
-from avalanche_classp.checkpoint.kinds import INITIAL_STATES, NotSaved
 from avalanche_classp.checkpoint.settings import Differences
+from avalanche_classp.checkpoint.values import INITIAL_STATES, NotSaved
+from avalanche_classp.optim.checks import require_whole
 from avalanche_classp.plugin import CLASSPPlugin
 
 __all__ = ["CheckpointError", "checkpointed", "mend_save_checkpoint"]
@@ -121,13 +122,9 @@ def checkpointed(
         raise TypeError(f"strategy must be an Avalanche strategy, got {strategy!r}")
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
-    for name, value, least in (("every_epochs", every_epochs, 1), ("keep", keep, 2)):
-        if name == "every_epochs" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if every_epochs is not None:
+        require_whole("every_epochs", every_epochs)
+    require_whole("keep", keep, 2)
     if on_change not in _ON_CHANGE:
         raise ValueError(f"on_change must be one of {', '.join(_ON_CHANGE)}, got {on_change!r}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -243,12 +240,14 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
             done += f", and {self.epochs} epoch{'s' * (self.epochs > 1)} of the next"
         line = f"Resuming from {self.good[-1]}: {done}"
         if nothing_left:
-            line = f"Nothing left to train: {self.good[-1]} has {done}; name another folder to "
-            line += "start anew"
+            line = (
+                f"Nothing left to train: {self.good[-1]} has {done}; name another folder to start "
+                f"anew"
+            )
         print(line, file=sys.stderr)
 
     def _files(self) -> list[Path]:
-        """Return the checkpoints in the folder, from the oldest to the newest."""
+        """Return the files in the folder, from the oldest to the newest."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(_PATTERN + TEMPORARY):

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from avalanche_classp.optim.accumulators import diagonal
-from avalanche_classp.optim.hyperparameters import SPECS, validate
+from avalanche_classp.optim.checks import require_flag
+from avalanche_classp.optim.hyperparameters import validate
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
 
 __all__ = ["CLASSP_optimizer"]
@@ -30,12 +31,8 @@ class CLASSP_optimizer(CLASSPOptimizer):
     script that uses the released interface gets a UserWarning at its first step.
 
     Args:
-        params: see :class:`~avalanche_classp.CLASSPOptimizer`, which has the defaults of lr,
-            threshold, epsilon and power, too. The released code has 0.2, 0.5, 1e-5 and 1.
-        lr: step length.
-        threshold: a weight changes where its squared gradient is greater.
-        epsilon: is added to every accumulator.
-        power: exponent of the accumulated gradients.
+        params, lr, threshold, epsilon, power: as :class:`~avalanche_classp.CLASSPOptimizer`'s, with
+            its defaults. The released code has 0.2, 0.5, 1e-5 and 1.
         apply_scaling: the released name of ``apply_decay``; give one of the two. A parameter group
             may have it, too.
         **hyperparameters: the others of :class:`~avalanche_classp.CLASSPOptimizer`.
@@ -107,7 +104,7 @@ class CLASSP_optimizer(CLASSPOptimizer):
 
         Raises:
             TypeError, ValueError: a value of a wrong type or out of its range.
-            NonFiniteGradientError, RuntimeError: see
+            NonFiniteGradientError, RuntimeError: as
                 :meth:`CLASSPOptimizer.step <avalanche_classp.CLASSPOptimizer.step>`.
         """
         if callable(lr):
@@ -137,29 +134,25 @@ class CLASSP_optimizer(CLASSPOptimizer):
 
     def average_grad_sum(self) -> float:
         """Return the mean of the accumulators over all weights that have one; 0 before a step."""
-        total, weights = 0.0, 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                history = diagonal(self.state.get(p), p)
-                if history is not None:
-                    total += history.sum(dtype=torch.float64).item()
-                    weights += p.numel()
-        return total / weights if weights else 0.0
+        params = [p for group in self.param_groups for p in group["params"]]
+        found = [d for p in params if (d := diagonal(self.state.get(p), p)) is not None]
+        total = sum(history.sum(dtype=torch.float64).item() for history in found)
+        return total / max(1, sum(history.numel() for history in found))
 
     def _rename(self, values: dict[str, Any], replace: bool = False) -> None:
         """Call ``apply_scaling`` ``apply_decay``, the name that the groups have."""
-        apply_scaling = values.get("apply_scaling")
-        if apply_scaling is not None:
-            SPECS["apply_decay"].check("apply_scaling", apply_scaling)
-            apply_decay = values.get("apply_decay")
-            if apply_decay not in (None, apply_scaling) and not replace:
-                raise ValueError(
-                    f"apply_scaling={apply_scaling} and apply_decay={apply_decay} are two names of "
-                    f"one value; give one of them"
-                )
-            values["apply_decay"] = apply_scaling
-            self._released_interface = True
-        values.pop("apply_scaling", None)
+        apply_scaling = values.pop("apply_scaling", None)
+        if apply_scaling is None:
+            return
+        require_flag("apply_scaling", apply_scaling)
+        apply_decay = values.get("apply_decay")
+        if apply_decay not in (None, apply_scaling) and not replace:
+            raise ValueError(
+                f"apply_scaling={apply_scaling} and apply_decay={apply_decay} are two names of "
+                f"one value; give one of them"
+            )
+        values["apply_decay"] = apply_scaling
+        self._released_interface = True
 
     def _warn_of_differences(self) -> None:
         """Warn, once, a script of the released code whose steps the paper wants otherwise."""

@@ -11,11 +11,12 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+
+from avalanche_classp.optim.checks import require_flag, require_number, require_whole
 
 __all__ = [
     "HISTORIES",
@@ -58,18 +59,9 @@ class Spec:
         return self.defaults.get(history, self.default)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _nonnegative(name: str, value: Any) -> None:
     # What float32 cannot hold would fail in the middle of a step.
-    if not 0 <= _number(name, value) <= torch.finfo(torch.float32).max:
+    if not 0 <= require_number(name, value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
 
 
@@ -85,24 +77,8 @@ def _learning_rate(name: str, value: Any) -> None:
 
 
 def _positive(name: str, value: Any) -> None:
-    if not 0 < _number(name, value) < math.inf:
+    if not 0 < require_number(name, value) < math.inf:
         raise ValueError(f"{name} must be finite and greater than 0, got {value!r}")
-
-
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name} must be a whole number, got {value!r} of type {type(value).__name__}"
-        )
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
-        )
 
 
 def _one_of(*choices: str) -> Check:
@@ -159,7 +135,7 @@ class Hyperparameters(TypedDict, total=False):
     ]
     apply_decay: Annotated[
         bool | None,
-        Spec("Whether the accumulators scale the steps.", _flag, True, phase=True),
+        Spec("Whether the accumulators scale the steps.", require_flag, True, phase=True),
     ]
     history: Annotated[
         str | None,
@@ -180,7 +156,7 @@ class Hyperparameters(TypedDict, total=False):
         Spec(
             "With a history of directions: how many are told apart, >= 1. The state is about rank "
             "numbers for each input of a layer.",
-            _count,
+            require_whole,
             None,
             {"gradients": 128, "inputs": 64},
             only=("gradients", "inputs"),
@@ -191,7 +167,7 @@ class Hyperparameters(TypedDict, total=False):
         Spec(
             'With ``history="gradients"``: whether the directions of the outputs have a history, '
             "too. It is read once, when a parameter's history begins.",
-            _flag,
+            require_flag,
             None,
             {"gradients": False},
             only=("gradients",),
@@ -199,7 +175,7 @@ class Hyperparameters(TypedDict, total=False):
     ]
     maximize: Annotated[
         bool | None,
-        Spec("Maximize the objective instead of minimizing it.", _flag, False),
+        Spec("Maximize the objective instead of minimizing it.", require_flag, False),
     ]
     nonfinite: Annotated[
         str | None,
@@ -217,7 +193,7 @@ class Hyperparameters(TypedDict, total=False):
         Spec(
             "True: few operations over all parameters. False: a loop over the parameters. None: "
             "the fastest way that needs no compiler.",
-            _flag,
+            require_flag,
         ),
     ]
     fused: Annotated[
@@ -226,7 +202,7 @@ class Hyperparameters(TypedDict, total=False):
             "True: one pass over memory, by a kernel that is compiled once for the machine (CPU, "
             "needs a C++ compiler) or by ``torch.compile`` (GPU). False: never. None: the kernel "
             "where it lies ready.",
-            _flag,
+            require_flag,
         ),
     ]
 
@@ -298,7 +274,7 @@ def validated_factor(name: str, value: Any) -> float:
     Raises:
         TypeError, ValueError: it is no number, or out of its range; the message says ``name``.
     """
-    factor = _number(name, value)
+    factor = require_number(name, value)
     if not 1 <= factor <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and at least 1, got {value!r}")
     return factor

@@ -39,7 +39,7 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class _Entry(NamedTuple):
-    """A parameter with a gradient, and where it stands in the groups."""
+    """A parameter with a gradient, and its places among the groups and in its group."""
 
     group_index: int
     place: int
@@ -175,20 +175,7 @@ class CLASSPOptimizer(Optimizer):
         fused: bool | None = None,
         maximize: bool | None = None,
     ) -> None:
-        given = {
-            "lr": lr,
-            "threshold": threshold,
-            "epsilon": epsilon,
-            "power": power,
-            "apply_decay": apply_decay,
-            "history": history,
-            "rank": rank,
-            "both_sides": both_sides,
-            "nonfinite": nonfinite,
-            "foreach": foreach,
-            "fused": fused,
-            "maximize": maximize,
-        }
+        given = {name: value for name, value in locals().items() if name in SPECS}
         # The defaults are checked even if every group overrides them.
         validate(given)
         if not isinstance(params, Iterable):
@@ -495,41 +482,31 @@ class CLASSPOptimizer(Optimizer):
 
     def _require_finite(self, entries: list[_Entry]) -> None:
         """Raise if a gradient of a group with ``nonfinite="raise"`` cannot be used."""
+        groups = self.param_groups
         checked = [
             entry
             for entry in entries
-            if self.param_groups[entry.group_index]["nonfinite"] == "raise"
-            and has_values(entry.grad)
+            if groups[entry.group_index]["nonfinite"] == "raise" and has_values(entry.grad)
         ]
-        groups = [self.param_groups[entry.group_index] for entry in checked]
         # An uncoalesced gradient is summed first: its parts may be finite and its sum not.
         found = find_nonfinite(
             [e.grad.coalesce().values() if e.grad.is_sparse else e.grad for e in checked],
-            [
-                entry.kind.limit(entry.param, float(group["power"]))
-                for entry, group in zip(checked, groups, strict=True)
-            ],
-            [group["fused"] for group in groups],
+            [e.kind.limit(e.param, float(groups[e.group_index]["power"])) for e in checked],
+            [groups[e.group_index]["fused"] for e in checked],
         )
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [p for group in groups for p in group["params"]]
         if not found and not any(map(is_dtensor, params)):
             return
-        # As many in each process: a parameter without a gradient here may have one elsewhere.
-        places = {
-            (g, i): place
-            for place, (g, i) in enumerate(
-                (g, i)
-                for g, group in enumerate(self.param_groups)
-                for i in range(len(group["params"]))
-            )
-        }
-        bad = [places[checked[i].group_index, checked[i].place] for i in found]
-        if any(group["nonfinite"] == "raise" for group in self.param_groups):
+        # Of all parameters, as many in each process: one without a gradient here may have one
+        # elsewhere.
+        places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
+        bad = [places.index((checked[i].group_index, checked[i].place)) for i in found]
+        if any(group["nonfinite"] == "raise" for group in groups):
             bad = bad_anywhere(bad, params)
         if not bad:
             return
-        group_index, index = list(places)[bad[0]]
-        group = self.param_groups[group_index]
+        group_index, index = places[bad[0]]
+        group = groups[group_index]
         names = group.get("param_names")
         # Avalanche appends parameters to groups without their names.
         name = f" {names[index]!r}" if names and index < len(names) else ""

@@ -61,7 +61,7 @@ from avalanche_classp import (
     in_memory,
 )
 from avalanche_classp.checkpoint.file import VERSION
-from avalanche_classp.checkpoint.kinds import NotSaved
+from avalanche_classp.checkpoint.values import NotSaved
 
 EPOCHS = 3
 

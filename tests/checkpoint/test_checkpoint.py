@@ -52,7 +52,7 @@ from avalanche_classp import (
     mend_save_checkpoint,
 )
 from avalanche_classp.checkpoint.decoding import decode
-from avalanche_classp.checkpoint.encoding import encode
+from avalanche_classp.checkpoint.encoding import collect_initial_state, encode
 from avalanche_classp.checkpoint.file import VERSION, read_file, write_file
 
 parametrize = pytest.mark.parametrize
@@ -395,11 +395,12 @@ def test_loading_runs_no_code_from_a_file(tmp_path, monkeypatch):
 @parametrize("name", ["antigravity:X", "subprocess:Popen", "torch.nn:X", "builtins:dict"])
 def test_classes_are_not_taken_by_name(name):
     strategy = naive(linear_head())
-    content = encode(strategy)
+    content = encode(strategy, collect_initial_state(strategy))
     record = {"kind": "object", "class": name, "attributes": {}}
     content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
     with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
-        decode(naive(linear_head()), content)
+        fresh = naive(linear_head())
+        decode(fresh, content, collect_initial_state(fresh))
     assert "antigravity" not in sys.modules
 
 
@@ -468,9 +469,9 @@ def through_a_file(plugin, twin, tmp_path):
     strategy = naive(linear_head(), plugin)
     plugin.strategy = strategy  # leads back to where it came from
     plugin.view = strategy.model[0].weight.detach()[1:3]
-    write_file(path, encode(strategy))
+    write_file(path, encode(strategy, collect_initial_state(strategy)))
     other = naive(linear_head(), twin)
-    decode(other, read_file(path, CPU))
+    decode(other, read_file(path, CPU), collect_initial_state(other))
     assert twin.strategy is other
     return other
 
@@ -638,10 +639,11 @@ def test_the_part_that_does_not_fit_is_named(folder, tiny):
 )
 def test_a_file_cannot_name_code_that_is_not_the_scripts(record):
     strategy = naive(linear_head())
-    content = encode(strategy)
+    content = encode(strategy, collect_initial_state(strategy))
     content["strategy"]["attributes"]["clock"]["attributes"]["other"] = record
     with pytest.raises(CheckpointError, match=r"strategy\.plugins\[2\]\.other was .* is nothing"):
-        decode(naive(linear_head()), content)
+        fresh = naive(linear_head())
+        decode(fresh, content, collect_initial_state(fresh))
     assert "antigravity" not in sys.modules
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint can hold, by kinds of values, and what it leaves out."""
+"""What values a checkpoint can hold, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 import enum
 import logging
 import operator
+import random
 import types
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, timedelta
@@ -80,6 +81,23 @@ VALUES: dict[str, tuple[type, Callable[..., Any], Callable[[Any], tuple[Any, ...
 }
 """Values by the name of their class: the class, what makes them, and from which arguments."""
 
+
+def _set_bits(generator: Any, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], object]], ...] = (
+    (torch.Generator, lambda g: g.get_state(), lambda g, state: g.set_state(state.cpu())),
+    (random.Random, lambda g: g.getstate(), lambda g, state: g.setstate(state)),
+    (np.random.Generator, lambda g: g.bit_generator.state, _set_bits),
+    (
+        np.random.RandomState,
+        lambda g: g.get_state(legacy=False),
+        lambda g, state: g.set_state(state),
+    ),
+)
+"""Generators of random numbers, and how their states are read and set."""
+
 _SAVED_OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 LEFT_OUT: tuple[tuple[type, set[str]], ...] = (
     (nn.Module, {n for n in vars(nn.Module()) if n.startswith("_")} - _SAVED_OF_MODULES),  # hooks
@@ -139,22 +157,19 @@ def same_code(a: Any, b: Any) -> bool:
         return False
     if not isinstance(a, types.FunctionType):
         return isinstance(a, types.MethodType | types.BuiltinFunctionType) and bool(a == b)
+    names = ("co_code", "co_consts", "co_names", "co_varnames")
+    if any(getattr(a.__code__, name) != getattr(b.__code__, name) for name in names):
+        return False
     try:
-        held = [
-            [
-                *(cell.cell_contents for cell in f.__closure__ or ()),
-                *(f.__defaults__ or ()),
-                *(f.__kwdefaults__ or {}).values(),
-            ]
-            for f in (a, b)
-        ]
-        pairs = list(zip(*held, strict=True))
+        pairs = list(zip(_held(a), _held(b), strict=True))
     except ValueError:  # a variable that has no value yet, or other defaults
         return False
-    names = ("co_code", "co_consts", "co_names", "co_varnames")
-    same = all(getattr(a.__code__, name) == getattr(b.__code__, name) for name in names)
-    return (
-        same
-        and a.__globals__ is b.__globals__
-        and all(x is y or (type(x) in ATOMS and type(x) is type(y) and x == y) for x, y in pairs)
+    return a.__globals__ is b.__globals__ and all(
+        x is y or (type(x) in ATOMS and type(x) is type(y) and x == y) for x, y in pairs
     )
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """Return the values of a function's closure and defaults."""
+    variables = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [*variables, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
