@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import wraps
 from typing import Any, Unpack
 
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
-from avalanche.training.templates.base import BaseTemplate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from avalanche_classp import made_anew
+from avalanche_classp.avalanche_internals import refuse_nested
 from avalanche_classp.optim.accumulators import has_history, kind_of
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
@@ -64,10 +63,10 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     :class:`~avalanche_classp.CLASSPOptimizer` with the same parameter groups and hooks. A
     CLASSPOptimizer is used as it is.
 
-    The accumulators survive what Avalanche does to models and optimizers: the reset before the
-    first ``train()``, heads that grow (old classes keep their history to the bit, new classes begin
-    at zero), new heads, and evaluations that replace a head's tensors. They follow their parameters
-    by name. The plugin holds no tensors between experiences.
+    The accumulators follow their parameters by name through what Avalanche does to models and
+    optimizers: the reset before the first ``train()``, heads that grow (new classes begin at zero),
+    new heads, evaluations that replace a head's tensors. The plugin holds no tensors between
+    experiences.
 
     Args:
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with keys
@@ -82,11 +81,10 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     All hyper-parameters but lr are for the groups that do not name them themselves.
 
     Raises:
-        TypeError: an argument or a phase of a wrong type, or an unknown argument.
-        ValueError: a value out of its range, an unknown key in a phase, no phases. When training
-            begins: a strategy without an optimizer, hyper-parameters both here and in a
-            CLASSPOptimizer, a second CLASSPPlugin, or a learning-rate scheduler or a plugin that
-            would go on with the optimizer that is replaced. Later: another optimizer in the
+        TypeError, ValueError: an argument or a phase of a wrong type, out of its range or unknown.
+            When training begins: a strategy without an optimizer, hyper-parameters both here and
+            in a CLASSPOptimizer, a second CLASSPPlugin, or a learning-rate scheduler or a plugin
+            that would go on with the optimizer that is replaced. Later: another optimizer in the
             strategy.
         RuntimeError: an experience changed the weights without a step of the optimizer, so CLASSP
             did nothing.
@@ -135,7 +133,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         **hyperparameters: Unpack[Hyperparameters],
     ) -> None:
         super().__init__()
-        _refuse_nested_plugins()
+        refuse_nested(CLASSPPlugin)
         if unknown := hyperparameters.keys() - SPECS.keys():
             raise TypeError(f"CLASSPPlugin has no argument {min(unknown)!r}")
         self.hyperparameters: dict[str, Any] = {
@@ -144,9 +142,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         """What was given; None was left out."""
         validate(self.hyperparameters)
         self.phases = None if phases is None else _validated_phases(phases)
-        """The phases, or None."""
         self.consolidation = validated_factor("consolidation", consolidation)
-        """What accumulators are multiplied by when the next experience begins."""
         self._optimizer: CLASSPOptimizer | None = None
         self._start_afresh()
 
@@ -170,9 +166,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         """Replace the strategy's optimizer by a CLASSPOptimizer, unless it is one.
 
         Called when training or evaluation begins; call it earlier to have the optimizer at hand.
-
-        Raises:
-            ValueError: as the class says.
         """
         if any(isinstance(p, CLASSPPlugin) and p is not self for p in strategy.plugins):
             raise ValueError("plugins holds more than one CLASSPPlugin; give one")
@@ -204,11 +197,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         strategy.optimizer._replaced = weakref.ref(optimizer)
 
     def make_optimizer(self, params: ParamsT) -> CLASSPOptimizer:
-        """Make the optimizer that the plugin uses from now on, with its hyper-parameters.
-
-        Args:
-            params: see :class:`~avalanche_classp.CLASSPOptimizer`.
-        """
+        """Make the optimizer that the plugin uses from now on, with its hyper-parameters."""
         optimizer = CLASSPOptimizer(params, **self.hyperparameters)
         self._use(optimizer)
         return optimizer
@@ -252,13 +241,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             strategy.make_optimizer()
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Note the accumulators by name; Avalanche adapts model and optimizer next.
-
-        Raises:
-            ValueError: the experience has no samples: Avalanche's loader would fail without a word.
-        """
+        """Note the accumulators by name; Avalanche adapts model and optimizer next."""
         dataset = getattr(strategy.experience, "dataset", None)
-        if dataset is not None and len(dataset) == 0:
+        if dataset is not None and len(dataset) == 0:  # Avalanche's loader fails without a word
             number = getattr(strategy.experience, "current_experience", "?")
             raise ValueError(f"experience {number} has no samples; leave it out of the stream")
         if not isinstance(strategy.optimizer, CLASSPOptimizer):  # AR1 makes one each time
@@ -284,11 +269,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._begins = True
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse another optimizer; with the first epoch drop the history of weights made anew.
-
-        Raises:
-            ValueError: the strategy or a plugin has replaced the optimizer.
-        """
+        """Refuse another optimizer; with the first epoch drop the history of weights made anew."""
         if strategy.optimizer is not self._optimizer:
             self._refuse_another_optimizer(strategy)
             self._use(strategy.optimizer)  # PackNetPlugin resets the optimizer like this
@@ -302,12 +283,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             optimizer.watch(strategy.model)  # anew: layers may have been replaced
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Count the experience, unless it is a part of one that goes on.
-
-        Raises:
-            ValueError: the strategy or a plugin has replaced the optimizer.
-            RuntimeError: the weights changed without a step of the optimizer.
-        """
+        """Count the experience, unless it is a part of one that goes on."""
         self._refuse_another_optimizer(strategy)
         if not self._begins:
             self._refuse_training_without_steps(strategy)
@@ -413,28 +389,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
 def _parameters(optimizer: Optimizer) -> set[Any]:
     return {p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _refuse_nested_plugins() -> None:
-    """Have strategies refuse a CLASSPPlugin in a list of their list of plugins.
-
-    PackNet puts its argument there as it is, and Avalanche calls nobody in it.
-    """
-    original = BaseTemplate._check_plugin_compatibility
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @wraps(original)
-    def check(strategy: Any) -> None:
-        for held in strategy.plugins:
-            if isinstance(held, Sequence) and any(isinstance(p, CLASSPPlugin) for p in held):
-                raise ValueError(
-                    f"{type(strategy).__name__} does not unpack plugins=, so Avalanche would never "
-                    f"call CLASSPPlugin there; give optimizer=CLASSPOptimizer(...) instead"
-                )
-        original(strategy)
-
-    BaseTemplate._check_plugin_compatibility = check
 
 
 def _validated_phases(phases: Any) -> tuple[Mapping[str, Any], ...]:

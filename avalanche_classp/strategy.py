@@ -59,33 +59,8 @@ class CLASSP(SupervisedTemplate):
         TypeError, ValueError: a wrong type or value; else as
             :class:`~avalanche_classp.CLASSPPlugin`. At once.
 
-    Mixed precision. Avalanche's loop knows none; a subclass of this, or of any other strategy with
-    a CLASSPPlugin, adds it. The gradients are divided by the scale before anything looks at them,
-    so the threshold (and a plugin that clips) sees true gradients. With bfloat16 leave the scaler
-    out. Example::
-
-        class MixedPrecision(CLASSP):
-            autocast = functools.partial(torch.autocast, "cuda", torch.float16)
-
-            def __init__(self, **kwargs):
-                super().__init__(**kwargs)
-                self.scaler = torch.amp.GradScaler("cuda")
-
-            def forward(self):
-                with self.autocast():
-                    return super().forward()
-
-            def criterion(self):
-                with self.autocast():
-                    return super().criterion()
-
-            def backward(self):
-                self.scaler.scale(self.loss).backward()
-                self.scaler.unscale_(self.optimizer)
-
-            def optimizer_step(self):
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
+    Mixed precision: Avalanche's loop has none, and a subclass adds it; see
+    ``docs/training_loops.md``.
 
     Source: https://arxiv.org/abs/2405.09637
     """

@@ -118,7 +118,7 @@ class CLASSPOptimizer(Optimizer):
     The accumulators follow their parameters when ``model.to(...)`` changes device or dtype after
     construction. With ``torch.amp.GradScaler`` call ``scaler.step(optimizer)`` as usual: it divides
     the gradients by the scale first, so the threshold compares true gradients
-    (:class:`~avalanche_classp.CLASSP` shows it in Avalanche). The same holds for accumulated and
+    (``docs/training_loops.md`` shows it in Avalanche). The same holds for accumulated and
     clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
 
     A float32 accumulator takes no addition below half of its last digit: it stops growing where

@@ -25,25 +25,21 @@ from ..protocol.config import RunConfig
 from .files import make_folder, write_atomically
 
 SCHEMA = 3
-_SHARE, _CHANGE = (0, 1), (-1, 1)
-_NUMBERS = {
-    "average_accuracy": _SHARE,
-    "forgetting": _CHANGE,
-    "backward_transfer": _CHANGE,
-    "forward_transfer": _CHANGE,
-    "learning_accuracy": _SHARE,
-    "peak_memory_bytes": (0, 2**63),
-    "peak_device_bytes": (0, 2**63),
-    "seconds_per_experience": (1e-9, 1e12),
-    "state_bytes_per_parameter": (0, 2**63),
-}
-"""What the tables are made of, with the least and the most that it can be."""
-_ALWAYS = ("average_accuracy", "seconds_per_experience", "state_bytes_per_parameter")
-"""Those of them that every method has."""
+_NUMBERS = (
+    "average_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "learning_accuracy",
+    "peak_memory_bytes",
+    "peak_device_bytes",
+    "seconds_per_experience",
+    "state_bytes_per_parameter",
+)
+"""What the tables are made of; None where a method has none."""
 
 Record = dict[str, Any]
 """A run's result, or its failure: ``{"config": ..., "error": ...}``."""
-
 
 _HEADER = 8
 """Bytes of a gzip member up to its time."""
@@ -52,14 +48,7 @@ _HEADER = 8
 class Results:
     """The records of an output folder; each is read once, however often they are asked for.
 
-    Several processes may save to the same folder.
-
-    Args:
-        folder: the output folder; made when something is written.
-
-    Attributes:
-        folder: the output folder.
-        path: its records file.
+    The folder is made when something is written; several processes may save to the same.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,7 +78,9 @@ class Results:
             member = gzip.compress(_line(record), mtime=0)
             try:
                 os.ftruncate(file.fileno(), self._end)  # without what a crash left half written
-                _write_all(file.fileno(), member)
+                rest = member
+                while rest:
+                    rest = rest[os.write(file.fileno(), rest) :]
                 os.fsync(file.fileno())
             except BaseException:
                 os.ftruncate(file.fileno(), self._end)
@@ -126,9 +117,7 @@ class Results:
     def by_key(self) -> dict[str, Record]:
         """Return all records, failures included, in the order of stream, method and seed.
 
-        Returns:
-            The records, each under its config's
-            :meth:`~experiments.protocol.config.RunConfig.key`.
+        Each stands under its config's :meth:`~experiments.protocol.config.RunConfig.key`.
 
         Raises:
             UserError: the file is damaged or of another version; it is left as it is.
@@ -208,24 +197,19 @@ class Results:
         self._lines += 1
         try:
             record = json.loads(line)
-            schema = record["schema"]
-            if schema == SCHEMA:
-                record["config"] = _require_whole(record).as_dict()
-        except UserError as error:
-            reason = str(error)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = one_line(error)
-        else:
-            if schema == SCHEMA:
-                self._records[RunConfig.from_dict(record["config"]).key()] = record
-                return
-            reason = f"it has the format {schema!r}, and this version reads {SCHEMA}"
-        number = self._lines
-        self._forget()
-        raise UserError(
-            f"line {number} of {self.path} is not a whole record ({reason}); take it out, or move "
-            f"the file away to have its runs done again"
-        )
+            if record["schema"] != SCHEMA:
+                format_ = record["schema"]
+                raise ValueError(f"it has the format {format_!r}, and this version reads {SCHEMA}")
+            config = _require_whole(record)
+        except (UserError, ValueError, KeyError, TypeError) as error:
+            number = self._lines
+            self._forget()
+            raise UserError(
+                f"line {number} of {self.path} is not a whole record ({one_line(error)}); take it "
+                f"out, or move the file away to have its runs done again"
+            ) from error
+        record["config"] = config.as_dict()
+        self._records[config.key()] = record
 
 
 class _TornError(Exception):
@@ -264,22 +248,14 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
 def _drop_further_maps(records: Iterable[Record]) -> None:
-    def of(record: Record) -> tuple[str, int]:
-        config = record["config"]
-        return json.dumps({**config, "seed": None}, sort_keys=True), config["seed"]
-
     seen = set()
-    for record in sorted((r for r in records if "error" not in r), key=of):
-        setting, _ = of(record)
+    for record in sorted(records, key=lambda record: record["config"]["seed"]):
+        setting = json.dumps({**record["config"], "seed": None}, sort_keys=True)
         if setting in seen:
             record.pop("accumulator_maps", None)
-        seen.add(setting)
+        elif "error" not in record:
+            seen.add(setting)
 
 
 def _digest(config: RunConfig) -> str:
@@ -315,51 +291,8 @@ def current_commit() -> str | None:
 
 
 def _require_whole(record: Mapping[str, Any]) -> RunConfig:
-    """Return the config; raise if something is not as the report needs it."""
-    config = RunConfig.from_dict(record["config"])
-    for key in ("command", "error"):
-        _require(key, record.get(key, ""), str)
-    if "error" in record:
-        return config
-    _require("setting", record["setting"], str)
-    _require("sources", record.get("sources", {}), dict)
-    for source in record.get("sources", {}).values():
-        _require("sources", source, str)
-    _require("environment", record.get("environment", {}), dict)
-    for key, (least, most) in _NUMBERS.items():
-        if record[key] is not None or key in _ALWAYS:
-            _require_number(key, record[key], least, most)
-    matrix = _table("accuracy_matrix", record["accuracy_matrix"], 0, 1)
-    # Joint training and validation runs have one row.
-    if len(matrix) not in (1, config.experiences) or len(matrix[0]) != config.experiences:
-        raise ValueError(
-            f"accuracy_matrix is of {len(matrix)} × {len(matrix[0])}, not of the "
-            f"{config.experiences} experiences"
-        )
-    _table("eval_seconds", [record["eval_seconds"]], 0, 1e12)
-    _require("accumulator_maps", record.get("accumulator_maps") or [], list)
-    for image in record.get("accumulator_maps") or []:
-        _table("accumulator_maps", image, 0, sys.float_info.max)
-    return config
-
-
-def _require(key: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{key} is {value!r:.50}")
-
-
-def _require_number(key: str, value: Any, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise ValueError(f"{key} is {value!r:.50}")
-
-
-def _table(key: str, rows: Any, least: float, most: float) -> list[list[float]]:
-    """Return the rows if they are: at least one, equally long, of numbers in this range."""
-    _require(key, rows, list)
-    for row in rows:
-        _require(key, row, list)
-        for value in row:
-            _require_number(key, value, least, most)
-    if len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise ValueError(f"{key} has no rows, or of different lengths")
-    return rows
+    """Return the config; raise if a number is missing."""
+    for key in () if "error" in record else _NUMBERS:
+        if not isinstance(record[key], int | float | None):
+            raise ValueError(f"{key} is {record[key]!r}")
+    return RunConfig.from_dict(record["config"])

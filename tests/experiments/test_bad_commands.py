@@ -18,7 +18,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from bad_input import SCALE, TRIED, changed, examples, json_values
+from bad_input import SCALE, TRIED, examples, json_values
 from conftest import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -371,48 +371,15 @@ def try_report(path):
     return code
 
 
-JSON_JUNK = [None, True, -1, 0, 1e308, float("nan"), float("inf"), 10**400, "x", "", [], {}, [None]]
-JSON_JUNK += [["a"], {"a": 1}, [[]], [[None]], [["x"]], [[1, 2], [3]], [[0.5] * 5] * 2, "a\nb"]
-
-
-def write_record(path, record):
-    path.write_bytes(gzip.compress(json.dumps(record).encode()))
-
-
-def test_a_damaged_result_is_named_and_kept(folder):
-    path = one_result(folder / "damaged")
-    good = json.loads(gzip.decompress(path.read_bytes()))
-    for place in (good, good["config"], good["config"]["hyper"]):
-        for key in list(place):
-            kept = place.pop(key)
-            write_record(path, good)
-            try_report(path)
-            for value in JSON_JUNK:
-                place[key] = value
-                write_record(path, good)
-                try_report(path)
-            place[key] = kept
-
-
-@given(data=st.data())
-@examples(100)
-def test_a_result_changed_anywhere_is_named_or_reported(data, folder):
-    path = one_result(folder / "changed")
-    tree = json.loads(gzip.decompress(path.read_bytes()))
-    write_record(path, changed(data, tree, json_values | st.sampled_from(JSON_JUNK)))
-    try_report(path)
-
-
 @given(data=st.data())
 @examples(60)
 def test_a_result_with_other_bytes_is_named_or_reported(data, folder):
     path = one_result(folder / "bytes")
-    packed = data.draw(st.booleans())
-    content = path.read_bytes() if packed else gzip.decompress(path.read_bytes())
+    content = path.read_bytes()
     start = data.draw(st.integers(0, len(content)))
     end = data.draw(st.integers(start, len(content)) | st.just(len(content)))
     content = content[:start] + data.draw(st.binary(max_size=4)) + content[end:]
-    path.write_bytes(content if packed else gzip.compress(content))
+    path.write_bytes(content)
     try_report(path)
 
 
@@ -421,8 +388,8 @@ def test_what_is_no_result_is_named(folder):
     packed = path.read_bytes()
     good = gzip.decompress(packed)
     lines = (
-        *(b"null", b"2", b'"x"', b"{}", b"[]", b"[" * 10**5, b"\xef\xbb\xbf[]", b"\n" + good),
-        *(b'{"schema": 3, "config": ' + b"[" * 10**5, b"9" * 5000, good.replace(b"lr", b"l\xff")),
+        *(b"null", b"2", b'"x"', b"{}", b"[]", b"\xef\xbb\xbf[]", b"\n" + good),
+        good.replace(b"lr", b"l\xff"),
         *(b'{"schema": 99}', b'{"schema": []}', good[: len(good) // 2], b"\0" * 100),
     )
     bytes_ = (b"{}", good, b"\0" * 100, packed + b"x", packed[:-1] + b"x", b"x" + packed)

@@ -5,7 +5,6 @@ import doctest
 import functools
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -240,10 +239,11 @@ def test_a_batch_that_overflows_is_dropped_by_the_scaler_and_the_next_one_counts
 
 
 def recipe_for_mixed_precision():
-    """Return the class that CLASSP's docstring shows, on the CPU."""
-    code = re.search(r"Example::\n\n(.*?)\n    Source:", CLASSP.__doc__, re.DOTALL)[1]
-    names = {"functools": functools, "torch": torch, "CLASSP": CLASSP}
-    exec(textwrap.dedent(code).replace('"cuda"', '"cpu"'), names)
+    """Return the class that docs/training_loops.md shows, on the CPU."""
+    page = (Path(__file__).parents[2] / "docs" / "training_loops.md").read_text()
+    (code,) = re.findall(r"```python\n(import functools\n.*?)```", page, re.DOTALL)
+    names = {"torch": torch}
+    exec(code.replace('"cuda"', '"cpu"'), names)
     return names["MixedPrecision"]
 
 
