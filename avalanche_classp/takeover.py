@@ -38,12 +38,8 @@ _SCHEDULERS_MARK = "_wrapped_by_lr_sched"
 def replacement(optimizer: Optimizer, given: Mapping[str, Any]) -> CLASSPOptimizer:
     """Return a CLASSPOptimizer with the parameter groups and the hooks of another optimizer.
 
-    Args:
-        optimizer: it stays as it is.
-        given: hyper-parameters; lr is for all groups, others for those that do not name them.
-
-    Warns:
-        UserWarning: the optimizer has settings, or a ``step`` set on it, without a counterpart.
+    Of what is given lr is for all groups, the rest for groups that do not name it. A UserWarning
+    names settings, or a ``step`` set on the optimizer, that have no counterpart.
     """
     signature = inspect.signature(type(optimizer)).parameters
     settings = {*signature, *optimizer.defaults, *_IMPLEMENTATION, "initial_lr"} - _CARRIED

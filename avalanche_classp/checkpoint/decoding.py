@@ -49,14 +49,9 @@ def decode(
 ) -> None:
     """Give a strategy, built by the same script, everything that was encoded.
 
-    Args:
-        strategy: it is changed in place.
-        content: what ``encode`` returned, read from a file; its tensors become the strategy's.
-        initial: what the script has built.
-        keep: paths of settings that stay those of the script.
-
-    Raises:
-        CheckpointError: the strategy is built differently. It may be changed in part.
+    The content's tensors become the strategy's. ``keep`` are paths of settings that stay the
+    script's. CheckpointError where the strategy is built differently; it may be changed in part
+    then.
     """
     decoder = _Decoder(strategy, initial, keep)
     decoder.value(content["strategy"], strategy, "strategy")

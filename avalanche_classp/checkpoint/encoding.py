@@ -60,10 +60,9 @@ def collect_initial_state(strategy: Any, stream: Any = None) -> InitialState:
 
 
 def encode(strategy: Any, initial: InitialState) -> dict[str, Any]:
-    """Return what a strategy holds as tensors, which are not copied, and plain containers.
+    """Return what a strategy holds as plain containers and tensors, which are not copied.
 
-    Raises:
-        CheckpointError: the script could not load something again.
+    CheckpointError where the script could not load something again.
     """
     classes = {what: [class_name(of) for of in found] for what, found in classes_of(strategy)}
     return {"classes": classes, "strategy": _Encoder(initial).value(strategy, "strategy")}

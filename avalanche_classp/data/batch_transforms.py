@@ -56,14 +56,9 @@ class Step:
 
 
 class BatchTransform:
-    """A sequence of transforms as one function of mini-batches.
+    """A sequence of transforms, flattened, as one function of mini-batches.
 
-    Args:
-        chain: the transforms, without ``Compose`` (see :func:`flatten`).
-        spec: what the first one gets.
-
-    Raises:
-        NotBatchableError: one of them cannot be applied to a mini-batch.
+    NotBatchableError where one of them cannot be applied to a mini-batch of this spec.
     """
 
     def __init__(self, chain: Sequence[Any], spec: ElementSpec) -> None:
@@ -124,11 +119,9 @@ def is_batchable(transform: Any) -> bool:
 
 
 def is_deterministic(transform: Any, vouched: bool) -> bool:
-    """Tell whether the transform gives the same result for a sample each time.
+    """Tell whether a transform gives the same result for a sample each time.
 
-    Args:
-        transform: the transform.
-        vouched: whether the user says so of all transforms that torchvision has not written.
+    Of transforms that torchvision has not written the user may have vouched for it.
     """
     kind = type(transform)
     if is_batchable(transform) and kind not in _RANDOM:

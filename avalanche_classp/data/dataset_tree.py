@@ -23,12 +23,7 @@ from avalanche_classp.data.sample_store import SampleSource
 
 
 class SourceSubset(Dataset[Any]):
-    """Chosen samples of a source: the only kind of leaf in an in-memory dataset's tree.
-
-    Args:
-        source: the source.
-        rows: which of its samples, int64.
-    """
+    """Chosen rows of a source: the only kind of leaf in an in-memory dataset's tree."""
 
     # Before each epoch Avalanche looks in all samples for a dataset of FFCV's, at 3 µs a sample.
     # It gives that up, and rightly, at a leaf with a transform and no target_transform.
@@ -49,10 +44,8 @@ def select_samples(
 ) -> Any:
     """Return a tree of the wanted samples whose leaves hold no others, with the same transforms.
 
-    Args:
-        node: a tree of Avalanche's, or a leaf.
-        wanted: the samples' indices; None for all.
-        source_of: gives the source of a plain dataset; None to leave plain datasets as they are.
+    None is all samples. ``source_of`` gives the source of a plain dataset; without it plain
+    datasets stay as they are.
     """
     if isinstance(node, SourceSubset):
         return node if wanted is None else SourceSubset(node.source, node.rows[wanted])
@@ -77,11 +70,7 @@ def select_samples(
 class BatchLoader:
     """Loads mini-batches of a tree: knows every sample's row in its source and its transforms.
 
-    Args:
-        tree: the data of an AvalancheDataset.
-
-    Raises:
-        NotBatchableError: some samples must be loaded one by one.
+    NotBatchableError where some samples must be loaded one by one.
     """
 
     def __init__(self, tree: Any) -> None:

@@ -34,10 +34,7 @@ from avalanche_classp.data.batch_transforms import (
 class ArrayColumn:
     """One element of each sample (the image, the target …) of a dataset that holds it as an array.
 
-    Args:
-        data: the array, one row per sample.
-        kind: what a sample's element is.
-        chain: the transforms that the dataset itself applies to it.
+    ``chain`` are the transforms that the dataset itself applies to it.
     """
 
     def __init__(self, data: Tensor, kind: str, chain: Sequence[Any] = ()) -> None:
@@ -59,14 +56,8 @@ class ArrayColumn:
 class CachedColumn:
     """One element of each sample, computed when it is first needed and kept.
 
-    Args:
-        compute: computes the element of a sample.
-        size: number of samples.
-        name: what computes them, for messages.
-
-    Raises:
-        ValueError: (``take``, too) an element has another shape or type than the first one, or it
-            was computed with random numbers.
+    ValueError, from ``take`` too, where an element has another shape or type than the first one, or
+    was computed with random numbers. ``name`` is what computes them, for messages.
     """
 
     def __init__(self, compute: Callable[[int], Any], size: int, name: str) -> None:
@@ -104,10 +95,7 @@ class CachedColumn:
 class SampleSource:
     """A plain dataset, neither subset nor concatenation, and its samples as tensors.
 
-    Args:
-        dataset: the dataset.
-        deterministic: whether the user vouches for the dataset and for all transforms that are
-            not torchvision's own.
+    ``deterministic``: the user vouches for the dataset and for transforms not torchvision's own.
     """
 
     def __init__(self, dataset: Any, deterministic: bool) -> None:
@@ -123,11 +111,7 @@ class SampleSource:
 
     @cached_property
     def elements(self) -> int:
-        """Number of elements of each sample.
-
-        Raises:
-            NotBatchableError: it cannot be known without changing what happens later.
-        """
+        """Number of elements of each sample; NotBatchableError where looking may change it."""
         if self._arrays is not None:
             return len(self._arrays)
         if not self.deterministic:
@@ -142,14 +126,9 @@ class SampleSource:
     def prepare(
         self, element: int, chain: Sequence[Any]
     ) -> tuple[ArrayColumn | CachedColumn, BatchTransform]:
-        """Split transforms of one element in what is computed once and what runs on mini-batches.
+        """Split an element's transforms in what is computed once and what runs on mini-batches.
 
-        Args:
-            element: which element of each sample they are applied to.
-            chain: the transforms, without ``Compose``.
-
-        Raises:
-            NotBatchableError: they must be applied sample by sample each time.
+        NotBatchableError where they must be applied sample by sample each time.
         """
         column: ArrayColumn | CachedColumn | None = None
         if self._arrays is not None:

@@ -219,9 +219,7 @@ _OF_SOME_HISTORIES = {name: spec.only for name, spec in SPECS.items() if spec.on
 def validate(values: Mapping[str, Any]) -> None:
     """Check the hyper-parameters among ``values``; other keys, and None, are left alone.
 
-    Raises:
-        TypeError: a value of a wrong type; the message names the argument and the value.
-        ValueError: a value out of its range, or without effect; likewise.
+    TypeError or ValueError names the argument and the value.
     """
     for name, value in values.items():
         if name in SPECS and value is not None:
@@ -269,11 +267,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validated_factor(name: str, value: Any) -> float:
-    """Return a factor for :meth:`CLASSPOptimizer.consolidate`.
-
-    Raises:
-        TypeError, ValueError: it is no number, or out of its range; the message says ``name``.
-    """
+    """Return a factor for :meth:`CLASSPOptimizer.consolidate`, if it is one."""
     factor = require_number(name, value)
     if not 1 <= factor <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name} must be finite and at least 1, got {value!r}")

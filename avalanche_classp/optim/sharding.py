@@ -34,12 +34,7 @@ def local_gradient(param: Any, grad: Any) -> Tensor:
 
 
 def bad_anywhere(bad: Sequence[int], params: Sequence[Any]) -> list[int]:
-    """Return what any of the processes that share DTensors has found, the same in each of them.
-
-    Args:
-        bad: positions in ``params`` that this process has found.
-        params: an optimizer's parameters; as many in each of these processes.
-    """
+    """Return the positions in ``params`` that any process with parts of them has found."""
     found = list(bad)
     for mesh in dict.fromkeys(p.device_mesh for p in params if is_dtensor(p)):
         flags = torch.zeros(len(params), dtype=torch.int32, device="cpu")

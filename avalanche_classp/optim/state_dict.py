@@ -25,15 +25,7 @@ _ALWAYS_SAVED = ("params", *SPECS)
 def require_loadable(
     state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raise if this is not the state of a CLASSPOptimizer with such parameters.
-
-    Args:
-        state_dict: what is to be loaded.
-        param_groups: those of the optimizer that loads it.
-
-    Raises:
-        TypeError, ValueError: it is not; the message says where.
-    """
+    """Raise if this is not the state of a CLASSPOptimizer with such groups."""
     version = state_dict.get("version", VERSION)  # torch.distributed.checkpoint drops it
     if type(version) is not int or version != VERSION:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,25 +53,23 @@ def carry_accumulators(
 ) -> CarryReport:
     """Copy the accumulators of a model to those of the model that replaces it.
 
-    A parameter that is larger has the old history at its beginning in every dimension (its rows
-    0 to n - 1, as with heads that get more classes) and zero elsewhere; weights that you copy to
-    other places need their histories copied in the same way. The old optimizer stays as it is.
-    In Avalanche, CLASSPPlugin does this by itself for models that grow in place.
+    A parameter that is larger has the old history at its beginning in every dimension (its rows 0
+    to n - 1, as with heads that get more classes) and zero elsewhere. Weights that you copy to
+    other places need their histories copied in the same way. In Avalanche, CLASSPPlugin does this
+    by itself for models that grow in place.
 
     Args:
-        old_optimizer: holds the accumulators.
+        old_optimizer: holds the accumulators; it stays as it is.
         old_named: ``old_model.named_parameters()``.
-        new_optimizer: over the new model's parameters; accumulators that it has for them are
-            replaced.
+        new_optimizer: over the new model's parameters; its accumulators for them are replaced.
         new_named: ``new_model.named_parameters()``. To rename, change the names here.
 
     Returns:
         What was carried, grown and dropped.
 
     Raises:
-        TypeError: an optimizer is no CLASSPOptimizer, or what is named no parameters.
-        ValueError: a named parameter of the new model is not in ``new_optimizer``, or none of the
-            old model has a history.
+        TypeError, ValueError: no CLASSPOptimizer, no parameters, a parameter of the new model that
+            is not in ``new_optimizer``, or an old model without any history.
 
     Example:
         >>> import torch
@@ -136,17 +134,13 @@ def carry_accumulators(
 
 def _by_name(argument: str, named: Any) -> dict[str, Tensor]:
     try:
-        pairs = list(named.items() if isinstance(named, Mapping) else named)
-    except TypeError:
-        raise TypeError(
-            f"{argument} must be (name, parameter) pairs, as model.named_parameters(), got "
-            f"{type(named).__name__}"
-        ) from None
-    for pair in pairs:
-        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-        if not (is_pair and isinstance(pair[1], Tensor)):
+        found = dict(named)
+    except (TypeError, ValueError):
+        found = {"": None}
+    for value in found.values():
+        if not isinstance(value, Tensor):
             raise TypeError(
                 f"{argument} must hold (name, parameter) pairs, as model.named_parameters() does, "
-                f"but holds a {type(pair).__name__}"
+                f"got {named!r:.50}"
             )
-    return dict(pairs)
+    return found

@@ -32,13 +32,7 @@ Backend = Callable[[Sequence[Triple], Rule], None]
 
 
 def choose_backend(device: torch.device, foreach: bool | None, fused: bool | None) -> Backend:
-    """Return the backend for the parameters on a device.
-
-    Args:
-        device: where they are.
-        foreach: the group's setting.
-        fused: the group's setting.
-    """
+    """Return the backend for the parameters on a device, by their group's settings."""
     if fused and device.type != "cpu":
         return compiled.update_
     if fused:
@@ -54,14 +48,7 @@ def choose_backend(device: torch.device, foreach: bool | None, fused: bool | Non
 def update_(
     triples: Sequence[Triple], rule: Rule, foreach: bool | None, fused: bool | None
 ) -> None:
-    """Apply the rule to dense parameters, with the backend that suits each device.
-
-    Args:
-        triples: what to update, in place.
-        rule: the hyper-parameters.
-        foreach: as :class:`~avalanche_classp.CLASSPOptimizer`.
-        fused: likewise.
-    """
+    """Apply the rule to dense parameters in place, with the backend that suits each device."""
     by_device: dict[torch.device, list[Triple]] = {}
     for triple in triples:
         by_device.setdefault(triple[0].device, []).append(triple)
@@ -72,14 +59,10 @@ def update_(
 def find_nonfinite(
     grads: Sequence[Tensor], limits: Sequence[float], fused: Sequence[bool | None]
 ) -> list[int]:
-    """Return which gradients have an entry that is NaN or, without its sign, above a limit.
+    """Return which gradients have an entry that is NaN or, without its sign, above the limit.
 
+    Each has a limit, and its group's setting of ``fused``. Of sparse gradients give the values.
     Waits once for each device that is not the CPU.
-
-    Args:
-        grads: gradients, or the values of sparse ones.
-        limits: a limit for each, above 0.
-        fused: the setting of each one's group.
     """
     bad: list[int] = []
     for_kernel: dict[tuple[torch.dtype, float], list[int]] = {}

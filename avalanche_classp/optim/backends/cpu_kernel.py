@@ -89,12 +89,7 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def usable(grads: Sequence[Tensor], limit: float) -> bool:
-    """Tell whether no entry of gradients that the kernel takes is NaN or above the limit.
-
-    Args:
-        grads: at least one; all of the same dtype.
-        limit: for the entries without their sign.
-    """
+    """Tell whether no entry of these gradients, of one dtype, is NaN or above the limit."""
     first_outside = getattr(_library(), f"classp_first_outside_{_SUFFIXES[grads[0].dtype]}")
     threads = torch.get_num_threads()
     return first_outside(len(grads), _pointers(grads), _sizes(grads), threads, limit) == len(grads)
