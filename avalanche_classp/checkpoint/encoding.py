@@ -178,15 +178,18 @@ class _Encoder:
     def _items(self, values: Any, where: str, twin: Any) -> list[Any]:
         twins = [*(twin if isinstance(twin, list | tuple | collections.deque) else ())]
         twins += [None] * len(values)
-        with self._no_settings(len(values) > _LONGEST_SETTING):
+        with self._noting(quiet=len(values) > _LONGEST_SETTING):
             self._note(len(values), f"len({where})")
             return [self.value(v, f"{where}[{i}]", twins[i]) for i, v in enumerate(values)]
 
     @contextlib.contextmanager
-    def _no_settings(self, quiet: bool = True) -> Iterator[None]:
-        before, self._quiet = self._quiet, self._quiet or quiet
+    def _noting(self, argument: bool | None = None, quiet: bool = False) -> Iterator[None]:
+        """Take what is met for arguments or not; or, quiet, for no settings."""
+        before = self._argument, self._quiet
+        self._argument = self._argument if argument is None else argument
+        self._quiet = self._quiet or quiet
         yield
-        self._quiet = before
+        self._argument, self._quiet = before
 
     def _mapping(self, value: Any, where: str, twin: Any) -> dict[str, Any]:
         record: dict[str, Any] = {"kind": "mapping", "of": type(value).__name__}
@@ -194,10 +197,10 @@ class _Encoder:
         if type(value) is collections.defaultdict:
             of_twin = getattr(twin, "default_factory", None)
             record["factory"] = self.value(factory, f"{where}.default_factory", of_twin)
-        with self._no_settings():
+        with self._noting(quiet=True):
             record["keys"] = [self.value(k, f"{where}.keys()[{i}]") for i, k in enumerate(value)]
         record["values"] = []
-        with self._no_settings(len(value) > _LONGEST_SETTING):
+        with self._noting(quiet=len(value) > _LONGEST_SETTING):
             self._note(len(value), f"len({where})")
             for i, (key, item) in enumerate(value.items()):
                 place = twin.get(key) if isinstance(twin, dict) else None
@@ -249,11 +252,11 @@ class _Encoder:
             twin = ParamData("", (0,)) if of is ParamData else None
         for generator, state_of, _ in GENERATORS:
             if isinstance(value, generator):
-                with self._no_settings():
+                with self._noting(quiet=True):
                     state = self.value(state_of(value), where)
                 return {**record, "kind": "generator", "state": state}
         if isinstance(value, Optimizer):
-            with self._no_settings():
+            with self._noting(quiet=True):
                 groups = [self._items(g["params"], where, None) for g in value.param_groups]
                 state = self._state_dict(value, where, argument=False)
             self._note_groups(value.param_groups, f"{where}.state_dict()['param_groups']")
@@ -270,36 +273,30 @@ class _Encoder:
             )
         left_out = {name for base, names in LEFT_OUT if issubclass(of, base) for name in names}
         arguments = constructor_arguments(of)
-        was_argument = self._argument
         attributes = {}
         # A strategy's model and optimizer first: others hold their parts, too, and are given them.
         for name in sorted(vars(value), key=lambda name: name not in ("model", "optimizer")):
             if name not in left_out:
-                attribute = vars(value)[name]
-                self._argument = isinstance(value, nn.Module) or name in arguments
                 place = vars(twin).get(name) if type(twin) is of else None
-                attributes[name] = self.value(attribute, f"{where}.{name}", place)
-        self._argument = was_argument
+                with self._noting(isinstance(value, nn.Module) or name in arguments):
+                    attributes[name] = self.value(vars(value)[name], f"{where}.{name}", place)
         if self._collecting:
             self._initial.attributes[where] = set(attributes)
         deleted = self._initial.attributes.get(record["path"], set()) - set(attributes)
         return {**record, "kind": "object", "attributes": attributes, "deleted": sorted(deleted)}
 
     def _state_dict(self, value: Any, where: str, argument: bool) -> Any:
-        was_argument, self._argument = self._argument, argument
-        state = self.value(value.state_dict(), f"{where}.state_dict()")
-        self._argument = was_argument
-        return state
+        with self._noting(argument):
+            return self.value(value.state_dict(), f"{where}.state_dict()")
 
     def _note_groups(self, groups: list[dict[str, Any]], where: str) -> None:
         """Note hyper-parameters, but not how many there are: a release may have more."""
-        was_argument, self._argument = self._argument, True
-        self._note(len(groups), f"len({where})")
-        for i, group in enumerate(groups):
-            for name, value in group.items():
-                if type(value) in (*ATOMS, tuple):
-                    self._note(value, f"{where}[{i}][{name!r}]")
-        self._argument = was_argument
+        with self._noting(argument=True):
+            self._note(len(groups), f"len({where})")
+            for i, group in enumerate(groups):
+                for name, value in group.items():
+                    if type(value) in (*ATOMS, tuple):
+                        self._note(value, f"{where}[{i}][{name!r}]")
 
     def _claim(self, value: Any, where: str) -> str | None:
         """Return the path of the script's object whose place this one takes, each only once."""

@@ -58,17 +58,11 @@ def columns_for(param: Tensor, rank: int, side: str) -> int:
 
 
 def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, Any]:
-    """Return the state of a parameter without history.
+    """Return the state of a parameter of shape (out, ...) without history.
 
-    Args:
-        param: of shape (out, ...); all dimensions but the first count as the inputs.
-        rank: see :func:`columns_for`.
-        both_sides: whether to have a history of the outputs, too.
-
-    Returns:
-        ``sketch``, B of shape (inputs, columns), with orthogonal columns; ``escaped``, ρ; ``step``,
-        the number of updates. With ``both_sides`` also ``out_sketch`` and ``out_escaped``, those of
-        outputs.
+    ``sketch`` is B of shape (inputs, columns), with orthogonal columns; all dimensions but the
+    first count as the inputs. ``escaped`` is ρ, ``step`` the number of updates. With ``both_sides``
+    also ``out_sketch`` and ``out_escaped``, those of the outputs.
     """
     kind: Any = {"dtype": accumulator_dtype(param), "device": param.device}
     state: dict[str, Any] = {"step": 0}
@@ -110,11 +104,7 @@ def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rul
     random combinations of its rows count, whose expectation is :math:`G^\top G`. They are drawn
     anew, and the same, for each number of the step. So it is with L.
 
-    Args:
-        param: the weights; changed in place.
-        grad: their gradient, the same shape; left as it is.
-        state: :func:`new_sketch`'s; changed in place.
-        rule: the hyper-parameters; epsilon above 0.
+    The state is :func:`new_sketch`'s; epsilon must be above 0.
 
     References:
         E. Liberty, "Simple and deterministic matrix sketching", 2013, arXiv:1206.0594. L. Luo et
@@ -270,15 +260,13 @@ class GradientsAccumulator(Accumulator):
         step: Any = state.get("step")
         require_type(f"step of parameter {name}", step, int)
         for side in sides_of(state):
-            for key, dimensions, least in (
-                (side + "sketch", 2, -torch.inf),
-                (side + "escaped", 0, 0),
-            ):
-                what = f"{key} of parameter {name}"
-                require_type(what, state.get(key), Tensor)
-                if state[key].dim() != dimensions:
-                    raise ValueError(f"state_dict's {what} has the shape {tuple(state[key].shape)}")
-                require_numbers(what, state[key], param, least)
+            for key, dimensions, least in (("sketch", 2, -torch.inf), ("escaped", 0, 0)):
+                what = f"{side}{key} of parameter {name}"
+                saved: Any = state.get(side + key)
+                require_type(what, saved, Tensor)
+                if saved.dim() != dimensions:
+                    raise ValueError(f"state_dict's {what} has the shape {tuple(saved.shape)}")
+                require_numbers(what, saved, param, least)
             size, columns = state[side + "sketch"].shape
             matches = param.dim() >= 2 and size == size_of(param, side) and 0 < columns <= size
             if not matches or step < 0:

@@ -73,19 +73,15 @@ def found() -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Tell whether the kernel can take these: plain, on the CPU, alike in dtype and layout."""
-    dtype = tensors[0].dtype
-    if dtype not in _SUFFIXES:
-        return False
+    first = tensors[0]
     for t in tensors:
-        if type(t) not in _PLAIN or t.dtype != dtype or not t.is_cpu:
-            return False
-        if t.layout != torch.strided or t.is_neg():
+        plain = type(t) in _PLAIN and t.is_cpu and t.layout == torch.strided and not t.is_neg()
+        if not plain or t.dtype != first.dtype or t.dtype not in _SUFFIXES:
             return False
     if all(t.is_contiguous() for t in tensors):
         return True
-    stride = tensors[0].stride()
-    same = all(t.stride() == stride for t in tensors)
-    return same and is_dense(tuple(tensors[0].shape), stride)
+    same = all(t.stride() == first.stride() for t in tensors)
+    return same and is_dense(tuple(first.shape), first.stride())
 
 
 def usable(grads: Sequence[Tensor], limit: float) -> bool:
