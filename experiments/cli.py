@@ -784,11 +784,11 @@ class Speed(Command):
     pairs: Count = 5
     """pairs of runs"""
     rounds: Count = 40
-    """turns of each contender in step and matrix"""
+    """turns of each contender in step and directions"""
     threads: Count = 1
     """torch's"""
     device: Device = "cpu"
-    """of step and matrix; the other cases use the CPU"""
+    """of step and directions; the other cases use the CPU"""
     quick: bool = False
     """one pair, and short streams"""
     data_root: DataRoot = None

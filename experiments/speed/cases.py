@@ -15,7 +15,7 @@ from ..errors import UserError
 
 ALL_CASES = {
     "step": "an optimizer step against AdaGrad's",
-    "matrix": "matrix accumulators in a training step",
+    "directions": "histories of directions in a training step",
     "split-mnist": "Avalanche's data loading against in_memory, training and evaluation",
     "permuted-mnist": "the same with permuted pixels",
     "split-cifar10": "the same with a small CNN",
@@ -44,9 +44,9 @@ def measure_speed(
     Args:
         cases: names of :data:`ALL_CASES`. Default: all.
         pairs: pairs of runs.
-        rounds: turns of each contender in step and matrix.
+        rounds: turns of each contender in step and directions.
         threads: torch's threads.
-        device: torch device of step and matrix; the other cases use the CPU.
+        device: torch device of step and directions; the other cases use the CPU.
         quick: one pair, and short streams.
         data_root: folder of the datasets.
         output: folder for the figure of growth. Default: none.
@@ -60,7 +60,7 @@ def measure_speed(
     import torch
 
     from ..running.run import find_device
-    from . import growth, long, loop, matrix, startup, step
+    from . import directions, growth, long, loop, startup, step
     from .measure import machine
 
     chosen_device = find_device(device)
@@ -70,7 +70,7 @@ def measure_speed(
     steps = [10**3] if quick else [10**6, 10**7, 10**8]
     measures: dict[str, Callable[[], None]] = {
         "step": lambda: step.measure_step(rounds, chosen_device),
-        "matrix": lambda: matrix.measure_matrix(rounds, chosen_device),
+        "directions": lambda: directions.measure_directions(rounds, chosen_device),
         "classp": lambda: loop.measure_classp(pairs, data_root),
         "metrics": lambda: loop.measure_metrics(pairs, data_root),
         "growth": lambda: growth.measure_growth(lengths, data_root, output),

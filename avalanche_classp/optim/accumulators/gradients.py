@@ -1,11 +1,10 @@
-"""Matrix accumulators: a history for each direction of a layer's inputs, taken from gradients.
+"""A history for each direction of a layer's inputs, taken from gradients.
 
 An extension of CLASSP, not in its paper. The inputs of a layer are correlated, as pixels and
 activations are. So protecting single weights does not protect the function: a step along a
-direction that earlier experiences used is made of many weights that each moved little. With an
-accumulator matrix the history is that of directions. Orthogonal weights modification (Zeng et al.,
-2019, arXiv:1810.01256) takes directions from the inputs of the layers; this takes them from the
-gradients.
+direction that earlier experiences used is made of many weights that each moved little. Orthogonal
+weights modification (Zeng et al., 2019, arXiv:1810.01256) takes directions from the inputs of the
+layers; this takes them from the gradients.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from avalanche_classp.optim.rule import (
 )
 from avalanche_classp.optim.sharding import is_dtensor
 
-__all__ = ["ROWS", "GradientsAccumulator", "matrix_update_", "new_sketch"]
+__all__ = ["ROWS", "GradientsAccumulator", "new_sketch", "sketch_update_"]
 
 ROWS = 8
 """Random combinations of a gradient's rows that are remembered of each step."""
@@ -73,8 +72,8 @@ def new_sketch(param: Tensor, rank: int, both_sides: bool = False) -> dict[str, 
     return state
 
 
-def matrix_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rule) -> None:
-    r"""Apply the rule with a matrix accumulator to one dense parameter, in place.
+def sketch_update_(param: Tensor, grad: Tensor, state: dict[str, Any], rule: Rule) -> None:
+    r"""Apply the rule with a history of directions to one dense parameter, in place.
 
     With the parameter as a matrix W (out × inputs) and its gradient G, entries that the threshold
     stops being zero:
@@ -175,7 +174,7 @@ def largest_usable_norm(dtype: torch.dtype, power: float) -> float:
 
 
 class GradientsAccumulator(Accumulator):
-    """Sketches of what :func:`matrix_update_` accumulates; see :func:`new_sketch` for the state."""
+    """Sketches of what :func:`sketch_update_` accumulates; see :func:`new_sketch` for the state."""
 
     key = "sketch"
 
@@ -199,9 +198,9 @@ class GradientsAccumulator(Accumulator):
         return new_sketch(param, group["rank"], group["both_sides"])
 
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
-        """Apply :func:`matrix_update_` to each."""
+        """Apply :func:`sketch_update_` to each."""
         for param, grad, state, *_ in updates:
-            matrix_update_(param, grad, state, rule)
+            sketch_update_(param, grad, state, rule)
 
     def fit_(self, state: State, param: Tensor, group: Mapping[str, Any]) -> None:
         """Follow the parameter, and give sketches the columns that new outputs bring."""
@@ -271,7 +270,7 @@ class GradientsAccumulator(Accumulator):
             matches = param.dim() >= 2 and size == size_of(param, side) and 0 < columns <= size
             if not matches or step < 0:
                 raise ValueError(
-                    f"state_dict's matrix accumulator of parameter {name} is for {size} "
+                    f"state_dict's sketch of parameter {name} is for {size} "
                     f"{'outputs' if side == OUTPUTS else 'inputs'}, with a sketch of shape "
                     f"{(size, columns)} and step {step}, the parameter has the shape "
                     f"{tuple(param.shape)}; if the model has grown use "

@@ -11,7 +11,7 @@ from torch import nn
 
 from avalanche_classp import CLASSPOptimizer
 from experiments import cli
-from experiments.speed import growth, long, loop, matrix, step
+from experiments.speed import directions, growth, long, loop, step
 from experiments.speed.measure import in_turn, ratio
 
 
@@ -93,11 +93,11 @@ def test_loop_ends_with_the_same_weights(case, tmp_path, capsys):
     assert expected in printed
 
 
-def test_every_way_of_matrices_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr(matrix, "MODELS", {"mlp-256": (64,)})
-    main(["matrix", "--quick"])
+def test_every_way_of_directions_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(directions, "MODELS", {"mlp-256": (64,)})
+    main(["directions", "--quick"])
     printed = capsys.readouterr().out
-    for way in matrix.WAYS:
+    for way in directions.WAYS:
         assert re.search(rf"  {way} / sgd: [0-9.]+ \[[0-9.]+ to [0-9.]+\]\n", printed)
 
 

@@ -1,4 +1,4 @@
-"""Matrix accumulators: against the formula in float64, and what carries them elsewhere."""
+"""Histories of directions from gradients: against the formula in float64, and where they go."""
 
 import copy
 
@@ -17,7 +17,7 @@ from avalanche_classp import (
 )
 from avalanche_classp.metrics import layers
 from avalanche_classp.optim.accumulators import diagonal
-from avalanche_classp.optim.accumulators.gradients import ROWS, matrix_update_, new_sketch
+from avalanche_classp.optim.accumulators.gradients import ROWS, new_sketch, sketch_update_
 from avalanche_classp.optim.rule import Rule, cutoff, rule_of
 
 parametrize = pytest.mark.parametrize
@@ -68,7 +68,7 @@ def test_with_all_columns_and_rows_it_is_the_formula(power, both_sides, outputs)
         w, grads, lr=0.1, epsilon=0.01, power=power, both_sides=both_sides
     )
     for g in grads:
-        matrix_update_(w, g, state, rule(power=power))
+        sketch_update_(w, g, state, rule(power=power))
     assert_close(w, expected)
     assert_close(state["sketch"] @ state["sketch"].T, A)
     assert state["escaped"].abs() < 1e-10
@@ -108,7 +108,7 @@ def test_what_is_shed_bounds_what_is_lost():
     w = torch.zeros(5, 20, dtype=torch.float64)
     state, grads = new_sketch(w, rank=6), gradients(32, 5, 20)
     for g in grads:
-        matrix_update_(w, g, state, rule())
+        sketch_update_(w, g, state, rule())
     exact = torch.einsum("soi,soj->ij", grads, grads)
     B = state["sketch"]
     lost = torch.linalg.eigvalsh(exact - B @ B.T)
@@ -127,7 +127,7 @@ def test_random_rows_have_the_right_sum_on_average_and_come_again():
         w = torch.zeros(3 * ROWS, 5, dtype=torch.float64)
         state = new_sketch(w, rank=5)
         for g in grads:
-            matrix_update_(w, g, state, rule())
+            sketch_update_(w, g, state, rule())
         states.append(state)
     assert torch.equal(states[0]["sketch"], states[1]["sketch"])
     B = states[0]["sketch"]
@@ -182,7 +182,7 @@ def test_steps_do_not_depend_on_the_scale_of_gradients(power):
         w = torch.zeros(4, 6, dtype=torch.float64)
         state = new_sketch(w, rank=3)
         for g in gradients(9, 4, 6):
-            matrix_update_(w, scale * g, state, rule(power=power, epsilon=0.01 * scale**power))
+            sketch_update_(w, scale * g, state, rule(power=power, epsilon=0.01 * scale**power))
         results.append(w)
     assert_close(results[0], results[1])
 

@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure_matrix(rounds: int, device: torch.device) -> None:
+def measure_directions(rounds: int, device: torch.device) -> None:
     """Print what a whole training step takes: forward, backward, and the optimizer's."""
     print(
         f"\nA training step, {BATCH_SIZE} samples, the mean of {STEPS}, n = {rounds}; ratios "
