@@ -112,6 +112,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "CLASSP" in page and 'href="tutorial.html"' in page
 
 
+@pytest.mark.slow
 def test_the_optimizer_needs_torch_alone():
     """README: `pip install --no-deps .` is enough where torch is installed."""
     code = """

@@ -610,6 +610,7 @@ def test_no_quantiles_are_fine(tiny):
     assert not [name for name in curves(strategy) if "quantile" in name]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_neither_the_metrics_nor_avalanche():
     code = (
         "import sys, avalanche_classp; assert 'avalanche' not in sys.modules; "

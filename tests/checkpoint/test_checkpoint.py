@@ -252,6 +252,7 @@ def start(*words):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_runs_killed_at_any_moment_end_the_same(tmp_path):
     folder = tmp_path / "checkpoints"
     with start("kill", tmp_path, 20) as process:

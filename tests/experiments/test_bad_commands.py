@@ -230,6 +230,7 @@ def test_what_makes_no_sense_is_refused(words):
     refused(*words.split())
 
 
+@pytest.mark.slow
 def test_more_jobs_than_there_is_work_are_no_error(tmp_path):
     assert command("search", *QUICK["search"], "--jobs", 10**30, "--output", tmp_path)[0] == 0
 
@@ -566,6 +567,7 @@ def test_a_full_disk_is_one_line_and_hurts_no_file(size, tmp_path):
     assert any(codes)
 
 
+@pytest.mark.slow
 def test_output_that_nobody_takes_is_one_line_at_most():
     """In processes of their own: into a full device, and into a pipe that is closed."""
     program = [sys.executable, "-m", "experiments", "list"]

@@ -467,6 +467,7 @@ def test_memory_of_a_step_does_not_grow_with_the_model(with_kernel, choice, powe
 # The kernel on disk
 
 
+@pytest.mark.slow
 def test_kernel_is_built_once_announced_and_found_by_the_next_process(
     with_kernel, empty_cache, caplog
 ):
@@ -485,6 +486,7 @@ def test_kernel_is_built_once_announced_and_found_by_the_next_process(
     assert subprocess.call([sys.executable, "-c", script]) == 0
 
 
+@pytest.mark.slow
 def test_kernel_can_be_built_ahead_of_time(with_kernel, empty_cache):
     command = [sys.executable, "-m", "avalanche_classp.build_kernel"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -492,6 +494,7 @@ def test_kernel_can_be_built_ahead_of_time(with_kernel, empty_cache):
     assert len(list(empty_cache.iterdir())) == 1
 
 
+@pytest.mark.slow
 @parametrize("missing", ["-DCLASSP_VECTOR_CBRT", "-fopenmp"])
 def test_kernel_is_built_with_what_the_machine_has(with_kernel, empty_cache, monkeypatch, missing):
     compiler = os.environ.get("CXX") or next(filter(shutil.which, kernel._COMPILERS))

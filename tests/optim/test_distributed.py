@@ -28,6 +28,7 @@ from torch.testing import assert_close
 from avalanche_classp import CLASSPOptimizer, NonFiniteGradientError
 from avalanche_classp.optim.backends import cpu_kernel as kernel
 
+pytestmark = pytest.mark.slow
 parametrize = pytest.mark.parametrize
 WORLD = 2
 HYPER = {"lr": 0.05, "threshold": 1e-6, "epsilon": 1e-3, "power": 1.0}
@@ -128,7 +129,7 @@ def work_data_parallel(rank, folder):
             train(model, optimizer, [x])
             found[way].append(whole(model.module, optimizer))
     found["raised"] = nonfinite_on_one_process(DistributedDataParallel(network()), rank)
-    found["matrix"] = with_matrix_accumulators(DistributedDataParallel(network()), batches(9, rank))
+    found["directions"] = with_directions(DistributedDataParallel(network()), batches(9, rank))
     found["inputs"] = with_a_history_of_inputs(rank)
     return found
 
@@ -160,7 +161,7 @@ def with_a_history_of_inputs(rank):
     return weights, common, [(s["moments"].trace() + s["rest"]).item() for s in states]
 
 
-def with_matrix_accumulators(model, inputs):
+def with_directions(model, inputs):
     """Return the weights and the sketches that training ends with."""
     optimizer = CLASSPOptimizer(
         model.parameters(), lr=0.02, epsilon=0.1, power=1.5, history="gradients", rank=3
@@ -216,11 +217,11 @@ def test_data_parallel_processes_agree_on_the_inputs_that_some_of_them_saw(data_
         assert second == pytest.approx(seen[1] / WORLD + rank * later[rank], rel=1e-4)
 
 
-def test_data_parallel_processes_agree_on_matrix_accumulators(data_parallel):
-    here, there = (found["matrix"] for found in data_parallel)
+def test_data_parallel_processes_agree_on_histories_of_directions(data_parallel):
+    here, there = (found["directions"] for found in data_parallel)
     assert_close(here, there, rtol=0, atol=0)
     assert len(here[1]) == 2
-    assert_close(here, with_matrix_accumulators(network(), batches(9)), rtol=1e-4, atol=1e-6)
+    assert_close(here, with_directions(network(), batches(9)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_nan_in_one_data_parallel_process_is_refused_by_both(data_parallel):

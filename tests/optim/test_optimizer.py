@@ -827,6 +827,7 @@ def test_docstring_example_runs():
     assert result.attempted >= 5 and result.failed == 0
 
 
+@pytest.mark.slow
 def test_import_does_not_import_avalanche():
     code = (
         "import sys, torch, avalanche_classp as ac;"

@@ -995,6 +995,7 @@ def test_classps_defaults_are_the_librarys():
     assert set(defaults) == {"lr", "threshold", "epsilon", "power", "apply_decay"}
 
 
+@pytest.mark.slow
 def test_names_are_there_without_torch_or_avalanche():
     program = (
         "import sys\n"

@@ -96,6 +96,7 @@ def play_all(engine, configs):
 # The local engine
 
 
+@pytest.mark.slow
 def test_local_processes_share_the_work(tmp_path):
     configs = [config_of("work", tmp_path, seed) for seed in range(7)]
     results, progress = play_all(LocalEngine(2), configs)
@@ -105,11 +106,13 @@ def test_local_processes_share_the_work(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_no_more_processes_than_runs(tmp_path):
     (result,), _ = play_all(LocalEngine(50), [config_of("work", tmp_path)])
     assert "error" not in result
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_process_costs_no_other(tmp_path):
     what = ["work", "die", "work", "die once", "exit", "work", "work"]
     configs = [config_of(name, tmp_path, seed) for seed, name in enumerate(what)]
@@ -126,6 +129,7 @@ def test_a_run_that_kills_its_process_costs_no_other(tmp_path):
     assert all(len(lines(configs[i])) == 2 for i in (0, 2, 5, 6))
 
 
+@pytest.mark.slow
 def test_closing_ends_the_processes(tmp_path):
     configs = [config_of(name, tmp_path) for name in ("work", "wait")]
     with closing(LocalEngine(2).run(play, configs, lambda config, steps: None)) as ended:
@@ -196,6 +200,7 @@ def finished(folder):
     return {key: result["wall_seconds"] for key, result in results if "error" not in result}
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_midst_costs_nothing(tmp_path, alone, capsys):
     from experiments.protocol.methods import count_steps
     from experiments.running.compare import attempt, run_all
@@ -331,6 +336,7 @@ def is_idle(cluster):
     return not any(runs_on(node) for node in cluster.list_all_nodes())
 
 
+@pytest.mark.slow
 def test_ray_gets_the_code_and_bears_runs_that_kill_their_process(cluster, ray_folder, tmp_path):
     what = ["nap", "die", "die once", "raise", "nap"]
     configs = [config_of(name, tmp_path, seed) for seed, name in enumerate(what)]
@@ -346,6 +352,7 @@ def test_ray_gets_the_code_and_bears_runs_that_kill_their_process(cluster, ray_f
     assert progress[2].count(0) == 2  # begun again
 
 
+@pytest.mark.slow
 def test_cuda_runs_share_a_gpu(cluster, tmp_path):
     configs = [config_of("work", tmp_path, seed, device="cuda:0") for seed in range(2)]
     results, _ = play_all(RayEngine(address=cluster.address), configs)
@@ -360,6 +367,7 @@ def test_a_cluster_without_what_is_needed_is_told_of(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_ray_does_no_more_runs_at_a_time_than_jobs(cluster, tmp_path):
     configs = [config_of("nap", tmp_path, seed) for seed in range(3)]
     play_all(RayEngine(jobs=1, address=cluster.address), configs)
@@ -367,6 +375,7 @@ def test_ray_does_no_more_runs_at_a_time_than_jobs(cluster, tmp_path):
     assert times == sorted(times)
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_the_runs(cluster, tmp_path):
     program = start(WAIT, tmp_path, cluster)
     wait_until(lambda: all(map(runs_on, cluster.list_all_nodes())), "runs on both machines")
@@ -376,6 +385,7 @@ def test_ctrl_c_cancels_the_runs(cluster, tmp_path):
     wait_until(lambda: is_idle(cluster), "the end of the interrupted program's runs")
 
 
+@pytest.mark.slow
 def test_a_killed_program_takes_its_runs_along_and_goes_on_where_it_was(cluster, tmp_path, alone):
     program = start(GRID, tmp_path, cluster)
     wait_until(lambda: len(finished(tmp_path)) >= 3 or program.poll() is not None, "results")
@@ -391,6 +401,7 @@ def test_a_killed_program_takes_its_runs_along_and_goes_on_where_it_was(cluster,
     assert before.items() <= finished(tmp_path).items()
 
 
+@pytest.mark.slow
 def test_a_machine_lost_half_way_costs_nothing(cluster, tmp_path, alone):
     (node,) = cluster.worker_nodes
     program = start(GRID, tmp_path, cluster)
@@ -405,6 +416,7 @@ def test_a_machine_lost_half_way_costs_nothing(cluster, tmp_path, alone):
     assert saved(tmp_path) == alone
 
 
+@pytest.mark.slow
 def test_without_an_address_ray_is_started_here_and_stopped(ray_folder, tmp_path):
     import psutil
 
@@ -416,6 +428,7 @@ def test_without_an_address_ray_is_started_here_and_stopped(ray_folder, tmp_path
     assert not psutil.wait_procs(after - before, timeout=PATIENCE)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
 def test_an_address_without_a_cluster_is_one_line(form, ray_folder, tmp_path, capfd):
     with socket.socket() as free:
@@ -426,6 +439,7 @@ def test_an_address_without_a_cluster_is_one_line(form, ray_folder, tmp_path, ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_address_may_come_from_the_environment(ray_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "no-host.invalid:1")
     with pytest.raises(UserError, match=r"no Ray cluster answers at no-host\.invalid:1"):

@@ -332,6 +332,7 @@ def table_without_times(folder):
         ]
 
 
+@pytest.mark.slow
 def test_compare_survives_a_kill_and_ends_in_the_same_table(tmp_path):
     words = ["compare", "--seeds", 2, "--methods", "naive", "ewc", "classp", *TINY]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -359,6 +360,7 @@ def test_compare_survives_a_kill_and_ends_in_the_same_table(tmp_path):
         assert (killed / name).stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_compare_goes_on_after_a_failed_run_and_says_so(tmp_path, capsys):
     words = ["compare", "--seeds", "1", "--methods", "naive", "classp", *TINY]
     words += ["--set", "classp.lr=1e30", "--set", "classp.apply_decay=false"]
@@ -396,6 +398,7 @@ def test_a_failed_run_is_one_line_and_recorded(words, tmp_path, capsys):
     assert failure["error"] in error
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line(tmp_path):
     process = in_a_process("compare", "--seeds", 20, "--output", tmp_path, start_new_session=True)
     while process.poll() is None and not Results(tmp_path).load():
@@ -480,6 +483,7 @@ def test_wrong_words_are_one_line_that_names_the_help(words, message, capsys):
     assert error.endswith(f"; `{help_}` explains it\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", ["compare --benchmark split-mnits", "run --method ewcc", "run --set lrr=1", "serch"]
 )

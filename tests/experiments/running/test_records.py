@@ -193,6 +193,7 @@ def seeds_of(folder):
     return sorted(result["config"]["seed"] for result in Results(folder).load())
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_nothing_that_was_saved(tmp_path):
     for _ in range(3):
         saved = len(seeds_of(tmp_path))
@@ -214,6 +215,7 @@ def _save_some(folder, first, count):
             results.compact()
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_compact_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [

@@ -16,6 +16,7 @@ from experiments.tuning.search import search
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche's own
 
 
+@pytest.mark.slow
 def test_a_search_without_data_costs_no_trials(tmp_path, capsys):
     write_mnist(tmp_path)
     folder = tmp_path / "mnist" / "MNIST" / "raw"
@@ -41,6 +42,7 @@ def test_a_search_without_data_costs_no_trials(tmp_path, capsys):
     assert (tmp_path / "search" / "trials.csv").read_text().count("naive") == 1
 
 
+@pytest.mark.slow
 def test_search_gives_every_method_its_trials_and_goes_on_where_it_stopped(tmp_path):
     words = ["search", "--methods", "naive", "classp", "--tuning-seeds", "1", "--jobs", "2"]
     words += ["--output", str(tmp_path), "--train-share", "0.2"]
