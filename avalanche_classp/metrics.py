@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -46,15 +46,11 @@ _SUFFIXES = {"minibatch": "MB", "epoch": "Epoch", "experience": "Exp"}
 
 
 class Layer(NamedTuple):
-    """A parameter with what CLASSP knows of it.
+    """A parameter with its name in the model, and the hyper-parameters of its group.
 
-    Attributes:
-        name: its name in the model.
-        param: the weights.
-        accumulator: A of each weight, zeros without history. With ``history="gradients"`` it is
-            the diagonal of the matrix, the same for all weights of an input; with ``both_sides``
-            the geometric mean of its input's and its output's.
-        rule: the hyper-parameters of its group.
+    The accumulator is A of each weight, zeros without history. Of a history of directions it is
+    the diagonal, the same for all weights of an input; with ``both_sides`` the geometric mean of
+    its input's and its output's.
     """
 
     name: str
@@ -66,11 +62,7 @@ class Layer(NamedTuple):
 def layers(strategy: Any) -> Iterator[Layer]:
     """Return each parameter that CLASSP trains, in the order of the model.
 
-    Args:
-        strategy: an Avalanche strategy whose optimizer is a CLASSPOptimizer.
-
-    Raises:
-        ValueError: its optimizer is another.
+    ValueError where the strategy's optimizer is no CLASSPOptimizer.
     """
     optimizer = strategy.optimizer
     if not isinstance(optimizer, CLASSPOptimizer):
@@ -192,15 +184,12 @@ class CLASSPMetric(PluginMetric[dict[str, float]]):
     def _end(self, strategy: Any, at: str) -> list[MetricValue] | None:
         if self.at != at:
             return None
-        found = list(layers(strategy))
-        parts: Iterable[Any] = map(self.part, found)
+        parts = {layer.name: self.part(layer) for layer in layers(strategy)}
+        self._values = self.combine(parts.values())
         if self.per_layer:
-            parts = list(parts)
-        self._values = self.combine(parts)
-        if self.per_layer:
-            for layer, part in zip(found, parts, strict=True):
+            for name, part in parts.items():
                 for what, value in self.combine([part]).items():
-                    self._values[f"{what}/{layer.name}"] = value
+                    self._values[f"{what}/{name}"] = value
         self._before = {}
         phase, _ = phase_and_task(strategy)
         base = f"{self}/{phase}_phase/{stream_type(strategy.experience)}_stream"
@@ -250,9 +239,8 @@ class _Distribution(CLASSPMetric):
         super().__init__(at, per_layer)
         self.quantiles = tuple(quantiles)
 
-    def of(self, layer: Layer) -> Tensor:
-        """Return what the distribution is of, for each weight of a layer."""
-        raise NotImplementedError
+    of: Callable[[Layer], Tensor]
+    """What the distribution is of, for each weight of a layer."""
 
     def part(self, layer: Layer) -> tuple[Tensor, int, Tensor]:
         """Return the sum, the number of weights and the sample."""
@@ -266,43 +254,35 @@ class _Distribution(CLASSPMetric):
         sums, sizes, samples = zip(*parts, strict=True)
         size = sum(sizes)
         result = {"/mean": _total(sums) / max(1, size)}
-        if size and self.quantiles:
-            ordered, places = torch.cat(samples).sort()
-            # A drawn weight stands for as many as its layer has for each drawn.
-            weights = torch.cat(
-                [
-                    torch.full_like(sample, n / max(1, len(sample)), dtype=torch.float64)
-                    for n, sample in zip(sizes, samples, strict=True)
-                ]
-            )
-            ranks = torch.tensor(self.quantiles, dtype=torch.float64, device=ordered.device)
-            upto = weights[places].cumsum(0)
-            found = torch.searchsorted(upto, ranks * (size - 1), right=True)
-            values = ordered[found.clamp(max=len(ordered) - 1)].tolist()
-            result |= {
-                f"/quantile_{q:g}": value for q, value in zip(self.quantiles, values, strict=True)
-            }
-        return result
+        if not size or not self.quantiles:
+            return result
+        ordered, places = torch.cat(samples).sort()
+        # A drawn weight stands for as many as its layer has for each drawn.
+        shares = [
+            torch.full_like(sample, n / max(1, len(sample)), dtype=torch.float64)
+            for n, sample in zip(sizes, samples, strict=True)
+        ]
+        ranks = torch.tensor(self.quantiles, dtype=torch.float64, device=ordered.device)
+        upto = torch.cat(shares)[places].cumsum(0)
+        found = torch.searchsorted(upto, ranks * (size - 1), right=True)
+        values = ordered[found.clamp(max=len(ordered) - 1)].tolist()
+        return result | {
+            f"/quantile_{q:g}": value for q, value in zip(self.quantiles, values, strict=True)
+        }
 
 
 class AccumulatorMetric(_Distribution):
     """Mean and quantiles of the accumulators A."""
 
     kind = "Accumulator"
-
-    def of(self, layer: Layer) -> Tensor:
-        """Return A."""
-        return layer.accumulator
+    of = staticmethod(lambda layer: layer.accumulator)
 
 
 class EffectiveRateMetric(_Distribution):
     """Mean and quantiles of the effective learning rate lr / (epsilon + A)^(1/power)."""
 
     kind = "EffectiveRate"
-
-    def of(self, layer: Layer) -> Tensor:
-        """Return the rate."""
-        return effective_rate(layer.accumulator, layer.rule)
+    of = staticmethod(lambda layer: effective_rate(layer.accumulator, layer.rule))
 
 
 class FreeMetric(_Share):
@@ -409,13 +389,9 @@ def classp_metrics(
             8192 weights of each layer, drawn once for each size, with replacement.
         free_share: above 0 and at most 1.
 
-    Returns:
-        The metrics.
-
     Raises:
-        TypeError: a wrong type.
-        ValueError: nothing is to be emitted, or a value out of its range; at the start of
-            training: a strategy that CLASSP does not train.
+        TypeError, ValueError: a wrong type, a value out of its range, nothing to be emitted. At the
+            start of training: a strategy that CLASSP does not train.
     """
     wanted = {"minibatch": minibatch, "epoch": epoch, "experience": experience}
     for name, value in {**wanted, "per_layer": per_layer}.items():

@@ -97,42 +97,35 @@ def refuse_dead_references(plugins: Sequence[Any], optimizer: Optimizer) -> None
     That is a plugin that holds it or an object with it, and a scheduler, whoever holds that: an
     object with a ``step`` method whose attribute ``optimizer`` it is.
     """
-    name = type(optimizer).__name__
+    for user, found in _users(plugins, optimizer):
+        raise ValueError(
+            f"{found} the {type(optimizer).__name__} that CLASSPPlugin replaces, and would go on "
+            f"with a dead optimizer; build a CLASSPOptimizer, give it to {type(user).__name__} and "
+            f"pass it to the strategy as optimizer="
+        )
+
+
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+
+
+def _users(plugins: Sequence[Any], optimizer: Optimizer) -> Iterator[tuple[Any, str]]:
+    """Yield what works on an optimizer, and where it was found."""
     for plugin in plugins:
         for attribute, value in getattr(plugin, "__dict__", {}).items():
             items = value.values() if isinstance(value, Mapping) else value
             for held in items if isinstance(value, _CONTAINERS) else (value,):
                 if held is optimizer or _works_on(held, optimizer):
-                    raise ValueError(
-                        f"{type(plugin).__name__}.{attribute} holds the {name} that CLASSPPlugin "
-                        f"replaces, and {_REMEDY.format(user=type(held).__name__)}"
-                    )
-    for scheduler in _schedulers(optimizer):
-        raise ValueError(
-            f"{type(scheduler).__name__} is a scheduler of the {name} that CLASSPPlugin replaces, "
-            f"and {_REMEDY.format(user=type(scheduler).__name__)}"
-        )
-
-
-_CONTAINERS = (Mapping, list, tuple, set, frozenset)
-_REMEDY = (
-    "would go on with a dead optimizer; build a CLASSPOptimizer, give it to {user} and pass it to "
-    "the strategy as optimizer="
-)
-
-
-def _works_on(holder: Any, optimizer: Optimizer) -> bool:
-    attributes = getattr(holder, "__dict__", {})
-    # A strategy has its optimizer replaced.
-    return attributes.get("optimizer") is optimizer and not isinstance(holder, BaseTemplate)
-
-
-def _schedulers(optimizer: Optimizer) -> Iterator[Any]:
-    """Return the schedulers of an optimizer that exist anywhere."""
+                    yield held, f"{type(plugin).__name__}.{attribute} holds"
     has_step: dict[type, bool] = {}
     for thing in gc.get_objects():
         of = type(thing)
         if of not in has_step:
             has_step[of] = callable(getattr(of, "step", None))
         if has_step[of] and _works_on(thing, optimizer):
-            yield thing
+            yield thing, f"{of.__name__} is a scheduler of"
+
+
+def _works_on(holder: Any, optimizer: Optimizer) -> bool:
+    attributes = getattr(holder, "__dict__", {})
+    # A strategy has its optimizer replaced.
+    return attributes.get("optimizer") is optimizer and not isinstance(holder, BaseTemplate)

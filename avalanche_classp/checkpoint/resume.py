@@ -197,11 +197,8 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
         if content is None:
             buffer = io.BytesIO()
             torch.save(encode(strategy, self.initial), buffer)
-            check(
-                strategy,
-                read_content(buffer.getbuffer(), self.folder, strategy.device),
-                self.initial,
-            )
+            written = read_content(buffer.getbuffer(), self.folder, strategy.device)
+            check(strategy, written, self.initial)
             return
         for problem in problems:
             warnings.warn(f"{problem}. Going on from {self.good[-1]}", stacklevel=3)
@@ -282,9 +279,8 @@ class _Checkpoints(SupervisedPlugin, NotSaved):
 
     def remaining(self, strategy: Any, stream: Iterable[Any]) -> Iterator[Any]:
         """Yield the experiences that are left, and save after the loop's body."""
-        resumed, experiences = self.done > 0 or self.epochs > 0, None
-        if isinstance(stream, Sized):
-            experiences = len(stream)
+        resumed = self.done > 0 or self.epochs > 0
+        experiences = len(stream) if isinstance(stream, Sized) else None
         try:
             for i, experience in enumerate(stream):
                 if i < self.done:
