@@ -25,10 +25,10 @@ class CLASSP_optimizer(CLASSPOptimizer):
     r"""CLASSPOptimizer with the interface of the author's released code.
 
     ``from avalanche_classp import CLASSP_optimizer`` takes the place of ``from CLASSP import
-    CLASSP_optimizer``. The rule is :class:`~avalanche_classp.CLASSPOptimizer`'s, the paper's; its
-    docstring says where the released code differs. With ``threshold=0`` and ``power=1`` the steps
-    of one group are those of the released code. With a threshold above 0 or another power, a
-    script that uses the released interface gets a UserWarning at its first step.
+    CLASSP_optimizer``. The rule is :class:`~avalanche_classp.CLASSPOptimizer`'s, the paper's;
+    ``docs/paper.md`` says where the released code differs. With ``threshold=0`` and ``power=1``
+    the steps of one group are those of the released code. With a threshold above 0 or another
+    power, a script that uses the released interface gets a UserWarning at its first step.
 
     Args:
         params, lr, threshold, epsilon, power: as :class:`~avalanche_classp.CLASSPOptimizer`'s, with

@@ -83,18 +83,8 @@ class CLASSPOptimizer(Optimizer):
     * ``power=2, threshold=0`` is AdaGrad: :class:`torch.optim.Adagrad` with ``eps=0`` and
       ``initial_accumulator_value=epsilon``. ``apply_decay=False, threshold=0`` is plain SGD.
 
-    How to choose values. lr is a length in weight space, not a rate: with ``power=1`` a weight's
-    whole travel is bounded by about
-    :math:`\textit{lr} \cdot (1 + \ln(A_\text{end} / A_\text{start}))`. Choose the distance that
-    you would let a weight go (0.001 to 0.1 for usual initialisations), not SGD's lr. A smaller
-    ``power`` forgives less: the effective rate falls like :math:`A^{-1/\textit{power}}`.
-    ``epsilon`` is the history that every weight is born with. Far below a typical
-    :math:`|g|^\textit{power}` each weight's first step has length lr whatever its gradient; far
-    above it the optimizer starts as SGD with the rate
-    :math:`\textit{lr} / \textit{epsilon}^{1/\textit{power}}`. ``threshold`` compares with a squared
-    gradient: 1e-6 leaves weights with a gradient below 1e-3 alone. Gradients shrink with larger
-    batches, and so should the threshold. With ``history="gradients"`` that last rate is SGD's in
-    directions that are still free.
+    lr is a length in weight space, not a rate: choose the distance that you would let a weight go,
+    0.001 to 0.1 for usual initialisations. ``docs/choosing.md`` says how to choose all values.
 
     Args:
         params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define
@@ -121,21 +111,18 @@ class CLASSPOptimizer(Optimizer):
     (``docs/training_loops.md`` shows it in Avalanche). The same holds for accumulated and
     clipped gradients: what counts is ``p.grad`` as it is when :meth:`step` is called.
 
-    A float32 accumulator takes no addition below half of its last digit: it stops growing where
-    :math:`|g|^\textit{power} < A \cdot 2^{-24}`, with a constant :math:`|g|` after
-    :math:`2^{24} \approx 1.7 \cdot 10^7` steps, and the effective rate then stays as it is. With
-    ``power=1`` a step is at most :math:`\textit{lr} \cdot 2^{-24}` there, which float32 weights
-    larger than 2 lr do not take either. If so many steps are to count use ``model.double()``.
+    A float32 accumulator takes no addition below half of its last digit: with a constant
+    :math:`|g|` it stops growing after :math:`2^{24} \approx 1.7 \cdot 10^7` steps. With power=1
+    float32 weights larger than 2 lr do not take such small steps either. If so many are to count
+    use ``model.double()``.
 
     Where the accumulated history cannot be represented (``epsilon=0`` and a gradient so small
     that ``|g|**power`` is zero in the dtype) the weight stays as it is.
 
-    Differences from the author's released code, which is not followed: there
-    ``(grad**2).any() > threshold`` compares a boolean with the threshold (any threshold below 1
-    does nothing, 1 or more stops all learning), ``add_(|g|) ** power`` throws the power away, and
-    one group's lr leaks into the next. With power=1 its runs are this optimizer's with
-    threshold=0. The paper's equation (1) sums the history up to the step before, its pseudo-code
-    adds the current gradient first; the pseudo-code is followed.
+    The author's released code differs from the paper and is not followed; ``docs/paper.md`` says
+    where. With power=1 its runs are this optimizer's with threshold=0. The paper's equation (1)
+    sums the history up to the step before, its pseudo-code, followed here, adds the current
+    gradient first.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
