@@ -80,11 +80,8 @@ def checkpointed(
     the first experience that a body trains. What the body does before ``train`` is done again when
     an experience goes on. Code and loggers stay those of the script, and loading a file runs no
     code from it. What could not be loaded again, such as stored samples, is refused by the first
-    call or when it is saved. ``docs/checkpoints.md`` says more.
-
-    A run that goes on says so in one line on stderr, and so does one that has nothing left to do.
-
-    With an optimizer alone, without Avalanche, use its ``state_dict()`` and ``load_state_dict()``.
+    call or when it is saved. A line on stderr says from where a run goes on, or that nothing is
+    left to do. ``docs/checkpoints.md`` says more.
 
     Args:
         stream: the experiences, such as ``benchmark.train_stream``, the same each time: a stream
@@ -102,9 +99,6 @@ def checkpointed(
             "checkpoint" with those of the checkpoint. Strings and numbers that are no arguments
             of a constructor are those of the checkpoint, or with "script" of the script; a
             warning names them.
-
-    Returns:
-        An iterator over the experiences that are left.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range; more than one

@@ -220,8 +220,6 @@ def _random_crop(transform: Any, spec: ElementSpec) -> tuple[Step, ElementSpec]:
 def _four_sides(padding: Any) -> tuple[int, int, int, int]:
     """Return what torchvision's padding means: left, top, right, bottom."""
     sides = [padding or 0] if isinstance(padding, int | None) else list(padding)
-    if len(sides) not in (1, 2, 4):
-        raise NotBatchableError(f"it has the padding {padding!r}")
     left, top, right, bottom = sides * (4 // len(sides))
     return left, top, right, bottom
 

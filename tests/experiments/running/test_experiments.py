@@ -148,6 +148,7 @@ def test_times_and_memory_are_measured(results):
         assert result["peak_device_bytes"] is None
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_a_run_takes(monkeypatch):
     """A run that holds 300 MiB more for a moment has a peak of about as much more."""
     usual = run(small_config("naive"))["peak_memory_bytes"]
@@ -188,6 +189,7 @@ def test_state_is_counted_to_the_byte(method, bytes_per_parameter, results):
     assert results[method]["state_bytes"] == [n * parameters for n in bytes_per_parameter]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("validation", [False, True])
 @pytest.mark.parametrize("method", METHODS)
