@@ -64,9 +64,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     CLASSPOptimizer is used as it is.
 
     The accumulators follow their parameters by name through what Avalanche does to models and
-    optimizers: the reset before the first ``train()``, heads that grow (new classes begin at zero),
-    new heads, evaluations that replace a head's tensors. The plugin holds no tensors between
-    experiences.
+    optimizers: heads that grow begin at zero where they are new, and nothing else changes.
 
     Args:
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with keys
@@ -94,24 +92,9 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             decay); a parameter lost its history, because it changed its shape in a way that is not
             growth or its weights were made anew; an experience ended without a step.
 
-    **Phases.** An experience counts when its training has ended. One that was interrupted keeps its
-    phase when it is trained again. In an online stream (``split_online_stream``) with known
-    boundaries (``access_task_boundaries=True``) all parts of an experience share its phase. Where
-    boundaries are not known every part counts as an experience.
-
-    **Schedulers** need the optimizer that trains: build the CLASSPOptimizer yourself and give it to
-    the scheduler and to the strategy. Do not use phases that name lr with one: the later writer
-    wins.
-
-    **Forgetting on purpose.** ``train(..., reset_optimizer_state=True)``, or a plugin that resets
-    the optimizer (FromScratchTrainingPlugin), forgets the accumulators. Where all weights of a
-    parameter were made anew without a step of the optimizer (GDumb) there is nothing left to
-    protect, and its history goes, with a warning. It stays where weights go back to an earlier
-    epoch (EarlyStoppingPlugin) or are averaged; :mod:`avalanche_classp.made_anew` has the rule.
-
-    **Other optimizers, other strategies.** An optimizer that you give the strategy between two
-    experiences is replaced as the first one was, and keeps the accumulators. With a strategy of
-    other parameters the plugin starts afresh.
+    ``docs/phases.md`` says when an experience counts, and when histories are forgotten. With a
+    learning-rate scheduler build the CLASSPOptimizer yourself, and give it to the scheduler and to
+    the strategy.
 
     Example::
 
@@ -121,8 +104,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             plugins=[CLASSPPlugin(lr=1e-3, threshold=1e-6)],
         )
 
-    Source: https://arxiv.org/abs/2405.09637, the pseudo-code for the rule and the vision experiment
-    for :data:`PAPER_PHASES`.
+    Source: https://arxiv.org/abs/2405.09637
     """
 
     def __init__(
