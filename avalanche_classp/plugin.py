@@ -64,7 +64,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     CLASSPOptimizer is used as it is.
 
     The accumulators follow their parameters by name through what Avalanche does to models and
-    optimizers: heads that grow begin at zero where they are new, and nothing else changes.
+    optimizers. Heads that grow begin at zero where they are new.
 
     Args:
         phases: hyper-parameters that change at experience boundaries: a sequence of dicts with keys
