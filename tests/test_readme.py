@@ -31,6 +31,7 @@ NINE = ("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rw
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Avalanche's own
 def test_the_examples_run_as_printed(capsys):
     ten_lines, plugin = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
