@@ -21,7 +21,7 @@ from .protocol import own
 from .protocol.benchmarks import BENCHMARKS, SCENARIOS
 from .protocol.config import Epochs, Hyper
 from .protocol.methods import METHODS, count_steps, why_not
-from .protocol.models import MODELS
+from .protocol.models import MODELS, require_model
 from .protocol.tuned_settings import Setting, make_config
 from .reporting.figures import draw_figures
 from .reporting.report import write_report
@@ -269,7 +269,10 @@ def _asked(
     scenario = _known("scenario", scenario or BENCHMARKS[name].scenarios[0], SCENARIOS)
     usual = [m for m, spec in METHODS.items() if spec.usual and not why_not(m, scenario)]
     names = [_known("method", method, METHODS) for method in (methods or usual)]
-    fixed = {} if model is None else {"model": _known("model", model, MODELS)}
+    fixed: dict[str, Any] = {}
+    if model is not None:
+        fixed["model"] = model if isinstance(model, str) else own.name_of(MODELS, model)
+        require_model(fixed["model"])
     if device != "cpu":  # journals and records of CPU runs name no device
         find_device(device)
         fixed["device"] = device

@@ -44,7 +44,8 @@ from .protocol.config import (
 from .protocol.loading import load_files
 from .protocol.losses import LOSSES, USUAL_LOSS
 from .protocol.methods import METHODS, count_steps, why_not
-from .protocol.models import MODELS
+from .protocol.models import MODELS, require_model
+from .protocol.pretrained import PRETRAINED
 from .protocol.tuned_settings import (
     FIRST_EXPERIENCE,
     STREAM,
@@ -230,7 +231,7 @@ class _OnStream(Command):
         spec = BENCHMARKS[_known("benchmark", self.benchmark, BENCHMARKS)]
         scenario = _known("scenario", self.scenario or spec.scenarios[0], SCENARIOS)
         if self.model is not None:
-            _known("model", self.model, MODELS)
+            require_model(self.model)
         if self.loss is not None:
             _known("loss", self.loss, LOSSES)
         require_possible(self.benchmark, scenario, self.experiences or spec.experiences)
@@ -619,6 +620,7 @@ class List(Command):
             f"methods, with what `run` uses on {self.benchmark} {scenario}": METHODS,
             "losses": LOSSES,
             "models": MODELS,
+            "pretrained networks, NAME@PIXELS for another size": PRETRAINED,
         }
         width = max(len(name) for entries in registries.values() for name in entries)
         for kind, entries in registries.items():

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, one_line
 from .config import Hyper
 from .models import Shape
+from .pretrained import is_pretrained
 
 if TYPE_CHECKING:
     from avalanche.benchmarks import CLScenario
@@ -79,6 +80,7 @@ class Benchmark:
         origin: the user's function that it was declared with; None for a built-in one.
         partner: the benchmark whose searched settings ``--settings transfer`` takes, if there is
             one of the same kind.
+        images: the name of torchvision's dataset and its folder, for a pretrained network.
     """
 
     description: str
@@ -98,6 +100,7 @@ class Benchmark:
     deterministic: bool = False
     origin: Callable[..., Any] | None = None
     partner: str | None = None
+    images: tuple[str, str] | None = None
 
     def count_labels(self, scenario: str, experiences: int) -> int:
         """Return how many labels a head of the model tells apart."""
@@ -111,6 +114,7 @@ def make_benchmark(
     scenario: str,
     data_root: Path | None = None,
     *,
+    model: str | None = None,
     experiences: int | None = None,
     seed: int = 0,
     validation: bool = False,
@@ -126,6 +130,8 @@ def make_benchmark(
         scenario: one of the benchmark's scenarios.
         data_root: folder that holds or receives the datasets, each in a folder of its own.
             Default: Avalanche's, ``~/.avalanche/data``.
+        model: with the name of a pretrained network the samples are its features, computed the
+            first time. Default: the samples as they are.
         experiences: number of experiences. Default: the benchmark's.
         seed: draws the permutations of ``permuted-mnist``; the others have nothing random.
         validation: cut the test stream from the training data, see :data:`VALIDATION_SHARE`; the
@@ -134,27 +140,44 @@ def make_benchmark(
         first_only: with ``validation``, keep the first experience alone.
 
     Raises:
-        UserError: a scenario or number of experiences that the benchmark does not have, or data
-            that is not there and cannot be downloaded, or is damaged.
+        UserError: a scenario or number of experiences that the benchmark does not have, data
+            that is not there and cannot be downloaded, or is damaged, or a pretrained network
+            that cannot be had.
     """
     spec = BENCHMARKS[name]
     experiences = spec.experiences if experiences is None else experiences
     require_possible(name, scenario, experiences)
-    benchmark = spec.load(Stream(scenario, experiences, spec.classes, seed, data_root))
+    stream = Stream(scenario, experiences, spec.classes, seed, data_root)
+    if model is not None and is_pretrained(model):
+        benchmark = _of_features(name, model, stream)
+    else:
+        benchmark = spec.load(stream)
     if not validation:
         return benchmark
     kept = benchmark.train_stream[:1] if first_only else benchmark.train_stream
     return _with_validation_as_test(kept, train_share, same_images=spec.shared_labels)
 
 
-def require_data(name: str, scenario: str, data_root: Path | None = None) -> None:
+def require_data(
+    name: str, scenario: str, data_root: Path | None = None, model: str | None = None
+) -> None:
     """Have a benchmark's data downloaded, once and before several processes need it.
+
+    With a pretrained network's name as ``model`` its features are computed.
 
     Raises:
         UserError: as :func:`make_benchmark`.
     """
     # Few experiences: Avalanche takes long to make many.
-    make_benchmark(name, scenario, data_root, experiences=min(BENCHMARKS[name].experiences_choices))
+    fewest = min(BENCHMARKS[name].experiences_choices)
+    make_benchmark(name, scenario, data_root, model=model, experiences=fewest)
+
+
+def sample_shape(name: str, model: str, benchmark: CLScenario) -> Shape:
+    """Return the shape of a benchmark's samples, which are features for a pretrained network."""
+    if is_pretrained(model):
+        return tuple(benchmark.train_stream[0].dataset[0][0].shape)
+    return BENCHMARKS[name].shape
 
 
 def require_possible(name: str, scenario: str, experiences: int) -> None:
@@ -174,7 +197,20 @@ def require_possible(name: str, scenario: str, experiences: int) -> None:
         raise UserError(f"{name} cannot have {experiences} experiences; choose from {text}")
 
 
-def _listed(values: Iterable[int]) -> str:
+def require_images(name: str, model: str) -> tuple[str, str]:
+    """Return what a benchmark has for pretrained networks, see :class:`Benchmark`.
+
+    Raises:
+        UserError: it has no colour images.
+    """
+    images = BENCHMARKS[name].images
+    if images is None:
+        known = _listed(other for other, spec in BENCHMARKS.items() if spec.images)
+        raise UserError(f"model {model!r} takes colour images, as {known} have, and not {name}")
+    return images
+
+
+def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
@@ -260,6 +296,32 @@ def _split(maker: str, dataset: str, folder: str) -> Callable[[Stream], CLScenar
     return load
 
 
+def _of_features(name: str, model: str, stream: Stream) -> CLScenario:
+    """Make a split benchmark whose samples are a pretrained network's features of its images."""
+    from avalanche.benchmarks import nc_benchmark
+    from torch import as_tensor
+    from torch.utils.data import TensorDataset
+    from torchvision import datasets
+
+    from .features import cached_features
+    from .pretrained import load_backbone
+
+    dataset, folder = require_images(name, model)
+    root = _dataset_folder(stream.data_root, folder)
+    make = getattr(datasets, dataset)
+    parts = _loaded(
+        dataset, root, lambda: [make(root, train=train, download=True) for train in (True, False)]
+    )
+    backbone = load_backbone(model)
+    place = root.parent / "features"
+    tensors = []
+    for part, kind in zip(parts, ("train", "test"), strict=True):
+        of = place / f"{folder}-{kind}-{model.replace('/', '-').replace(':', '-')}"
+        features, targets = cached_features(backbone, part.data, of), as_tensor(part.targets)
+        tensors.append(TensorDataset(features, targets))
+    return nc_benchmark(*tensors, task_labels=stream.scenario == "task", **_options(stream))
+
+
 def _permuted_mnist(stream: Stream) -> CLScenario:
     from avalanche.benchmarks.classic import PermutedMNIST
 
@@ -299,7 +361,7 @@ _UNREADABLE = (
 """What torchvision raises for files that are not there or not whole."""
 
 
-def _loaded(dataset: str, folder: Path, load: Callable[[], CLScenario]) -> CLScenario:
+def _loaded(dataset: str, folder: Path, load: Callable[[], Any]) -> Any:
     try:
         # torchvision prints of every mirror that it tries.
         with redirect_stdout(io.StringIO()):
@@ -375,6 +437,7 @@ BENCHMARKS = {
         model="cnn",
         batch_size=64,
         load=_split("SplitCIFAR10", "CIFAR-10", "cifar10"),
+        images=("CIFAR10", "cifar10"),
     ),
     "split-cifar100": Benchmark(
         description="CIFAR-100 in 10 × 10 classes",
@@ -385,6 +448,7 @@ BENCHMARKS = {
         model="cnn",
         batch_size=64,
         load=_split("SplitCIFAR100", "CIFAR-100", "cifar100"),
+        images=("CIFAR100", "cifar100"),
     ),
     "mnist-fmnist": Benchmark(
         description="MNIST, then Fashion-MNIST, one head: the paper's vision experiment",

@@ -618,6 +618,14 @@ METHODS = {
         usual=False,
         family=CLOSED_FORM,
     ),
+    "ranpac": Method(
+        description="closed form on a wider random ReLU layer: ridge regression, as RanPAC has it",
+        defaults={"penalty": 1.0, "width": 4000},
+        build=_closed_form(_ridge),
+        space=lambda trial: {"penalty": _log(trial, "penalty", 1e-2, 1e5)},
+        usual=False,
+        family=CLOSED_FORM,
+    ),
     "owm": Method(
         description="orthogonal weights modification on SGD: gradients keep off earlier inputs",
         defaults={"lr": 0.1, "alpha": 1.0},

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, nearest
+from .pretrained import PRETRAINED, is_pretrained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,15 +43,16 @@ def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Mod
     """Make a model, initialised from torch's current seed.
 
     Args:
-        name: one of :data:`MODELS`.
-        shape: a sample's shape.
+        name: one of :data:`MODELS`, or a pretrained network's.
+        shape: a sample's shape; with a pretrained network, of its features.
         labels: outputs, of each head if ``multi_head``.
         multi_head: give every task label a head of its own (Avalanche's MultiHeadClassifier).
 
     Raises:
-        UserError: the model does not take samples of that shape.
+        UserError: the model is unknown, or does not take samples of that shape.
     """
-    model = MODELS[name]
+    require_model(name)
+    model = Model("", _head, "classifier") if is_pretrained(name) else MODELS[name]
     if model.channels is not None and (len(shape) != 3 or shape[0] not in model.channels):
         channels = " or ".join(map(str, model.channels))
         raise UserError(
@@ -77,6 +79,17 @@ def _last_layer(name: str, made: nn.Module) -> str:
         f"model {name!r} has no attribute that is a Linear layer or a Sequential that ends in one, "
         f"to make a head for each task of; return a MultiTaskModule"
     )
+
+
+def require_model(name: str) -> None:
+    """Check a model's name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in MODELS and not is_pretrained(name):
+        known = [*MODELS, *PRETRAINED]
+        raise UserError(f"unknown model {name!r}; {nearest(name, known)}")
 
 
 def sizes_of(model: nn.Module) -> tuple[int, int, bool]:
@@ -132,6 +145,13 @@ def _strided_cnn(shape: Shape, labels: int) -> nn.Module:
         height, width = (height + 1) // 2, (width + 1) // 2
     layers += [nn.Flatten(), nn.Linear(sizes[-1] * height * width, 256), nn.ReLU()]
     return _with_classifier(layers, 256, labels)
+
+
+def _head(shape: Shape, labels: int) -> nn.Module:
+    """Make a linear classifier of features."""
+    from torch import nn
+
+    return _with_classifier([nn.Flatten()], math.prod(shape), labels)
 
 
 def _mlp(hidden_size: int) -> Model:

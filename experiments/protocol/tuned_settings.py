@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError, nearest, one_line
-from .benchmarks import BENCHMARKS, require_possible
+from .benchmarks import BENCHMARKS, require_images, require_possible
 from .config import Epochs, Hyper, RunConfig, format_value
 from .losses import LOSSES, USUAL_LOSS, make_loss
 from .methods import METHODS, why_not
 from .models import MODELS, make_model
+from .pretrained import is_pretrained
 
 WAYS = {
     "defaults": "the method's defaults, the same for all streams",
@@ -339,7 +340,9 @@ def make_config(
     config = unchecked_config(benchmark, scenario, method, seed, hyper, settings, **fixed)
     _require_builds(config)
     spec = BENCHMARKS[benchmark]
-    if config.model != spec.model or MODELS[config.model].origin is not None:
+    if is_pretrained(config.model):
+        require_images(benchmark, config.model)
+    elif config.model != spec.model or MODELS[config.model].origin is not None:
         make_model(config.model, spec.shape, spec.classes, multi_head=False)
     return config
 

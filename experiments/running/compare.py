@@ -68,8 +68,8 @@ def run_all(
         return []
     if data_root is not None:
         data_root = data_root.absolute()
-    for config in {(c.benchmark, c.scenario): c for c in todo}.values():
-        require_data(config.benchmark, config.scenario, data_root)
+    for config in {(c.benchmark, c.scenario, c.model): c for c in todo}.values():
+        require_data(config.benchmark, config.scenario, data_root, config.model)
     failures = []
     logs = results.logs if tensorboard else None
     attempt_it = attempt_afar if engine == "ray" else attempt

@@ -32,12 +32,12 @@ from avalanche_classp import in_memory
 from avalanche_classp.optim.optimizer import NonFiniteGradientError
 
 from ..errors import DivergedError, UserError
-from ..protocol.benchmarks import BENCHMARKS, make_benchmark
+from ..protocol.benchmarks import BENCHMARKS, make_benchmark, sample_shape
 from ..protocol.config import RunConfig
 from ..protocol.loading import code_of
 from ..protocol.losses import make_loss
 from ..protocol.methods import METHODS
-from ..protocol.models import make_model
+from ..protocol.models import Shape, make_model
 from ..protocol.tuned_settings import source_of
 from .accumulator_maps import accumulator_map
 from .memory import method_state_bytes
@@ -99,13 +99,15 @@ def _run(
         config.benchmark,
         config.scenario,
         data_root,
+        model=config.model,
         experiences=config.experiences,
         seed=config.seed if spec.random else 0,
         validation=config.validation,
         train_share=config.train_share,
         first_only=config.first_only,
     )
-    model = make_model(config.model, spec.shape, labels, config.scenario == "task")
+    shape = sample_shape(config.benchmark, config.model, benchmark)
+    model = make_model(config.model, shape, labels, config.scenario == "task")
     strategy = METHODS[config.method].build(
         model,
         config.hyper,
@@ -124,7 +126,7 @@ def _run(
     memory.start_thread()
     started = time.perf_counter()
     try:
-        steps = _train(strategy, benchmark, config, progress, board, report)
+        steps = _train(strategy, benchmark, config, shape, progress, board, report)
     except NonFiniteGradientError as error:
         raise DivergedError(f"the training diverged, try a lower lr: {error}") from error
     finally:
@@ -170,6 +172,7 @@ def _train(
     strategy: Any,
     benchmark: Any,
     config: RunConfig,
+    shape: Shape,
     progress: Callable[[], object],
     board: Board,
     report: Report | None,
@@ -196,7 +199,7 @@ def _train(
         }
         if part is parts[-1] or not config.validation:
             step |= _read_metrics(strategy.eval(test), len(test))
-            step["map"] = accumulator_map(strategy, BENCHMARKS[config.benchmark].shape)
+            step["map"] = accumulator_map(strategy, shape)
         elif report is not None:
             report(i + 1, partial(_mean_accuracy, strategy, test[: i + 1]))
         steps.append(step)

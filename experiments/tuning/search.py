@@ -114,7 +114,7 @@ def search(
         common: dict[str, Any] = {"validation": True, "train_share": train_share, **fixed}
         make_config(*place, method, seed, hyper, "defaults", **common)
     make_folder(folder)
-    require_data(benchmark, scenario, data_root)
+    require_data(benchmark, scenario, data_root, fixed.get("model"))
     arguments: dict[str, Any] = {
         "benchmark": benchmark,
         "scenario": scenario,
