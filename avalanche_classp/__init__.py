@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from avalanche_classp.metrics import classp_metrics
     from avalanche_classp.plugin import PAPER_PHASES, CLASSPPlugin
     from avalanche_classp.strategy import CLASSP
+    from avalanche_classp.suggest import suggest_lr
 
 __all__ = [
     "CLASSP",
@@ -37,6 +38,7 @@ __all__ = [
     "classp_metrics",
     "in_memory",
     "mend_save_checkpoint",
+    "suggest_lr",
 ]
 __version__ = "1.0.0"
 
@@ -49,6 +51,7 @@ _NEEDS_AVALANCHE = {
     "classp_metrics": "metrics",
     "in_memory": "data.in_memory",
     "mend_save_checkpoint": "checkpoint",
+    "suggest_lr": "suggest",
 }
 
 

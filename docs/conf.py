@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import avalanche_classp
+import experiments  # noqa: F401 - `avalanche_classp.experiments` of the reference is this one
 
 project = "avalanche-classp"
 author = "The avalanche-classp authors"

@@ -6,12 +6,16 @@ first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Comparison, Tuning, compare, tune
     from .protocol.own import benchmark, method, model
+
+# In a clone, too, where it is `experiments`: what users declare must be declared here.
+sys.modules.setdefault("avalanche_classp.experiments", sys.modules[__name__])
 
 __all__ = ["Comparison", "Tuning", "benchmark", "compare", "method", "model", "tune"]
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import experiments  # noqa: F401 - `avalanche_classp.experiments` of the examples is this one
 from avalanche_classp import CLASSPOptimizer
 
 torch.set_num_threads(1)

@@ -118,7 +118,7 @@ def test_the_command_works_without_the_clone(site, tmp_path):
         "1",
     ]
     output = run(classp, "compare", *words, "--jobs", "2", **options)
-    assert "not tuned" in output
+    assert "split-digits, class-incremental" in output
     folder = tmp_path / "results" / "split-digits-class"
     assert {"records.jsonl.gz", "report.html"} <= {path.name for path in folder.iterdir()}
     (line, _) = gzip.decompress((folder / "records.jsonl.gz").read_bytes()).splitlines()

@@ -31,9 +31,6 @@ def load_files(paths: Iterable[Path]) -> None:
         UserError: a file cannot be read, raises, declares nothing, or declares a name that is
             taken.
     """
-    # A clone runs as the package `experiments`; what a file declares must be declared there.
-    package = __package__.rpartition(".")[0]
-    sys.modules.setdefault("avalanche_classp.experiments", sys.modules[package])
     for path in paths:
         file = path.resolve()
         if file not in LOADED:
