@@ -107,7 +107,7 @@ def compare(
     *,
     scenario: str | None = None,
     seeds: int = 5,
-    settings: Mapping[str, Setting | Hyper] | None = None,
+    settings: str | Path | Mapping[str, Setting | Hyper] | None = None,
     epochs: Epochs | None = None,
     batch_size: int | None = None,
     output: str | Path | None = None,
@@ -131,7 +131,8 @@ def compare(
         methods: names, and functions declared with ``@method``. Default: the usual ones.
         scenario: class, domain or task. Default: the benchmark's first.
         seeds: seeds 0 to N-1 for each method.
-        settings: by method's name, what :func:`tune` has found, or hyper-parameters as a dict.
+        settings: by method's name, what :func:`tune` has found, or hyper-parameters as a dict; or
+            for all what the command line's ``--settings`` takes, the folder of a search say.
             Default: what was searched for a built-in benchmark, else defaults that are not tuned.
         epochs: per experience, one number or one for each. Default: the setting's.
         batch_size: training mini-batch size. Default: the setting's.
@@ -149,15 +150,17 @@ def compare(
             error: it is in ``failures``.
     """
     place, names, fixed = _asked(benchmark, model, methods, scenario, device)
-    for name in settings or ():
+    way = None if settings is None or isinstance(settings, Mapping) else str(settings)
+    by_method = settings if isinstance(settings, Mapping) else {}
+    for name in by_method:
         if name not in names:
             raise UserError(f"settings has {name!r}, which is none of the methods compared")
     fixed |= {k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None}
     configs = []
     with _quiet():
         for name in names:
-            given = (settings or {}).get(name, {})
-            hyper, chosen = ({}, given) if isinstance(given, Setting) else (given, None)
+            given = by_method.get(name, way)
+            hyper, chosen = (given, None) if isinstance(given, Mapping) else ({}, given)
             configs.append(make_config(*place, name, 0, hyper, chosen, **fixed))
         configs = [replace(config, seed=seed) for seed in range(seeds) for config in configs]
         with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +189,7 @@ def tune(
     methods: Sequence[str | Factory] = (),
     *,
     trials: int = 30,
+    on: str = "stream",
     scenario: str | None = None,
     tuning_seeds: int = 2,
     epochs_choices: Sequence[int] = (),
@@ -207,6 +211,8 @@ def tune(
         model: likewise.
         methods: likewise.
         trials: for each method.
+        on: what a trial sees, ``stream``, or ``first-experience`` alone, which is all that a real
+            stream shows before it is learnt.
         scenario: see :func:`compare`.
         tuning_seeds: how many seeds each trial is run with; comparisons use others.
         epochs_choices: what a search chooses its epochs from. Default: the benchmark's.
@@ -236,6 +242,7 @@ def tune(
             None if data_root is None else Path(data_root),
             jobs=jobs or available_cores(),
             start=_start(device, jobs),
+            on=on,
             **fixed,
         )
         trials_made = pd.read_csv(journals / "trials.csv")
