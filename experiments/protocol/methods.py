@@ -335,6 +335,13 @@ def _owm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     return _on_sgd(model, hyper, common, OWMPlugin(alpha=float(hyper["alpha"])))
 
 
+def _kfac_laplace(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
+    from .laplace import KroneckerLaplacePlugin
+
+    plugin = KroneckerLaplacePlugin(strength=float(hyper["strength"]))
+    return _on_sgd(model, hyper, common, plugin)
+
+
 def _gpm(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     from .projections import GPMPlugin
 
@@ -644,6 +651,13 @@ METHODS = {
         },
         usual=False,
         unseen=("share",),
+    ),
+    "kfac-laplace": Method(
+        description="Kronecker-factored online Laplace on SGD: EWC with correlated weights",
+        defaults={"lr": 0.01, "strength": 1.0},
+        build=_kfac_laplace,
+        space=lambda trial: {**_sgd_space(trial), "strength": _log(trial, "strength", 1e-3, 1e6)},
+        usual=False,
     ),
     "ncm": Method(
         description="nearest class mean of the features, SGD with feature distillation",

@@ -18,7 +18,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.models import MultiTaskModule
 from torch import Tensor, nn
 
-__all__ = ["GPMPlugin", "OWMPlugin"]
+__all__ = ["GPMPlugin", "OWMPlugin", "add_to_gradient", "kernel_of", "layers", "rows_of"]
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -32,7 +32,7 @@ class _ProjectionPlugin(SupervisedPlugin):
         """By layer's name: what is kept of its inputs."""
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
-        for name, layer in _layers(strategy.model):
+        for name, layer in layers(strategy.model):
             if name in self.projections and layer.weight.grad is not None:
                 _set_gradient(layer, self._projected(_gradient(layer), self.projections[name]))
 
@@ -122,7 +122,8 @@ class GPMPlugin(_ProjectionPlugin):
         return gradient - gradient @ kept @ kept.T
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Yield linear and convolutional layers with their names, but heads of one task alone."""
     by_task = tuple(
         f"{name}." for name, module in model.named_modules() if name and _is_multi_head(module)
     )
@@ -142,11 +143,11 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def note(name: str) -> Any:
         def hook(layer: Layer, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = _rows(layer, args[0])
+            inputs[name] = rows_of(layer, args[0])
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in _layers(model)]
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers(model)]
     try:
         yield inputs
     finally:
@@ -154,7 +155,8 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _rows(layer: Layer, x: Tensor) -> Tensor:
+def rows_of(layer: Layer, x: Tensor) -> Tensor:
+    """Return a layer's inputs as rows, patches of a convolution, with a 1 for the bias."""
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             raise ValueError(f"projections take plain convolutions, got {layer}")
@@ -179,6 +181,19 @@ def _forwarded(strategy: Any) -> Iterator[int]:
         seen += len(strategy.mb_x)
         yield seen
     strategy.model.train(training)
+
+
+def kernel_of(layer: Layer) -> Tensor:
+    """Return a copy of weight and bias side by side, of shape (outputs, inputs)."""
+    parts = [layer.weight.detach().flatten(1)]
+    if layer.bias is not None:
+        parts.append(layer.bias.detach()[:, None])
+    return torch.cat(parts, 1)
+
+
+def add_to_gradient(layer: Layer, more: Tensor) -> None:
+    """Add a tensor of :func:`kernel_of`'s shape to a layer's gradients."""
+    _set_gradient(layer, _gradient(layer) + more)
 
 
 def _gradient(layer: Layer) -> Tensor:

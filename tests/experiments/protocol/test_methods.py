@@ -302,6 +302,7 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("ridge", {"width": 50}),
         ("owm", {"alpha": 0.01}),
         ("gpm", {"share": 0.85}),
+        ("kfac-laplace", {"strength": 30.0}),
         ("ncm", {"alpha": 1.0}),
         ("fecam", {"alpha": 1.0}),
         ("lfl", {"lambda_e": 100.0}),
@@ -979,7 +980,7 @@ def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
         "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
         "classp-inputs classp-consolidated class-means slda ridge owm gpm "
-        "ncm fecam lfl cwr packnet generative-replay "
+        "kfac-laplace ncm fecam lfl cwr packnet generative-replay "
         "ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
     for spec in METHODS.values():

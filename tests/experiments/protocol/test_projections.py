@@ -6,7 +6,7 @@ import torch
 from conftest import FEATURES, HIDDEN, fit, many_heads, naive
 from torch import nn
 
-from experiments.protocol.projections import GPMPlugin, OWMPlugin, _layers, _rows
+from experiments.protocol.projections import GPMPlugin, OWMPlugin, layers, rows_of
 
 
 def inputs_of(x: torch.Tensor) -> torch.Tensor:
@@ -75,12 +75,12 @@ def test_an_experience_changes_less_of_what_was_learnt(tiny) -> None:
 def test_convolutions_are_projected_by_their_patches() -> None:
     layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2)
     x = torch.randn(2, 3, 9, 9)
-    rows = _rows(layer, x)
+    rows = rows_of(layer, x)
     kernel = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1)
     by_hand = (rows @ kernel.T).view(2, -1, 4).transpose(1, 2)
     torch.testing.assert_close(by_hand.reshape(layer(x).shape), layer(x))
 
 
 def test_heads_of_one_task_are_left_alone() -> None:
-    names = [name for name, _ in _layers(many_heads())]
+    names = [name for name, _ in layers(many_heads())]
     assert names and not any("classifier" in name for name in names)
