@@ -45,6 +45,9 @@ counts. The paper's vision experiment (MNIST, then Fashion-MNIST) uses it with l
 0.5, epsilon 1e-5 and power 1.
 """
 
+SAMPLES_PER_EPSILON = 10_000
+"""With a history of inputs: what the first experience's samples are divided by."""
+
 _PHASE_KEYS = tuple(name for name, spec in SPECS.items() if spec.phase)
 
 
@@ -77,6 +80,10 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         {hyperparameters}
 
     All hyper-parameters but lr are for the groups that do not name them themselves.
+
+    With ``history="inputs"`` and no epsilon given, the first experience sets it: 1 for every 10,000
+    samples, and at least 1. A larger experience has more to learn before its directions are held.
+    A CLASSPOptimizer keeps its own.
 
     Raises:
         TypeError, ValueError: an argument or a phase of a wrong type, out of its range or unknown.
@@ -126,6 +133,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self.phases = None if phases is None else _validated_phases(phases)
         self.consolidation = validated_factor("consolidation", consolidation)
         self._optimizer: CLASSPOptimizer | None = None
+        self._chooses_epsilon = False
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -173,6 +181,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         before = self._optimizer
         strategy.optimizer = replacement(optimizer, self.hyperparameters)
         self._use(strategy.optimizer)
+        self._chooses_epsilon = "epsilon" not in self.hyperparameters
         if before is not None:  # the user gave the strategy a new optimizer
             _hand_on_state(before, strategy.optimizer)
         # Of the optimizer, so that copies of plugin and strategy are without it.
@@ -182,12 +191,14 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         """Make the optimizer that the plugin uses from now on, with its hyper-parameters."""
         optimizer = CLASSPOptimizer(params, **self.hyperparameters)
         self._use(optimizer)
+        self._chooses_epsilon = "epsilon" not in self.hyperparameters
         return optimizer
 
     def _use(self, optimizer: CLASSPOptimizer) -> None:
         before, self._optimizer = self._optimizer, optimizer
         if before is not None and _parameters(before).isdisjoint(_parameters(optimizer)):
             self._start_afresh()
+        self._chooses_epsilon = False
         self._phase, self._before_phase = None, []
 
     def _count_steps(self) -> None:
@@ -247,6 +258,8 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             assert self._optimizer is not None
             self._optimizer.consolidate(self.consolidation)
             self._consolidated = self.experiences_seen
+        if self._chooses_epsilon:
+            self._choose_epsilon(len(strategy.adapted_dataset))
         self._enter_phase()
         self._begins = True
 
@@ -282,6 +295,15 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         history = _histories_by_name(strategy)
         strategy.make_optimizer()
         _restore_histories(strategy, history)
+
+    def _choose_epsilon(self, samples: int) -> None:
+        """Fit the epsilon of a history of inputs to the first experience's size."""
+        assert self._optimizer is not None
+        default = SPECS["epsilon"].default_for("inputs")
+        for group in self._optimizer.param_groups:
+            if group["history"] == "inputs" and group["epsilon"] == default:
+                group["epsilon"] = max(default, samples / SAMPLES_PER_EPSILON)
+        self._chooses_epsilon = False
 
     # --- phases -----------------------------------------------------------------------------------
 

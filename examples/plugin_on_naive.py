@@ -50,6 +50,6 @@ def accuracy(lr, plugins):
     return 100 * metrics["Top1_Acc_Stream/eval_phase/test_stream/Task000"]
 
 
-classp = CLASSPPlugin(history="inputs", lr=0.1)
+classp = CLASSPPlugin(history="inputs", lr=1.0)
 print(f"Naive               {accuracy(0.1, []):.1f} %")
 print(f"Naive with CLASSP   {accuracy(0.1, [classp]):.1f} %")

@@ -49,7 +49,7 @@ def test_the_examples_run_as_printed(capsys):
     names["strategy"].plugins[0].take_over(names["strategy"])
     (group,) = names["strategy"].optimizer.param_groups
     assert isinstance(names["strategy"].optimizer, CLASSPOptimizer)
-    assert (group["lr"], group["history"]) == (0.1, "inputs")
+    assert (group["lr"], group["history"]) == (1.0, "inputs")
 
 
 def test_the_readme_is_short():

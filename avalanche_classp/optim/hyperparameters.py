@@ -98,7 +98,7 @@ class Hyperparameters(TypedDict, total=False):
             "Step length, >= 0 (α in the paper). A one-element tensor works too.",
             _learning_rate,
             1e-3,
-            {"gradients": 0.02, "inputs": 0.1},
+            {"gradients": 0.02, "inputs": 1.0},
             phase=True,
         ),
     ]
@@ -119,7 +119,7 @@ class Hyperparameters(TypedDict, total=False):
             "with a history of directions.",
             _nonnegative,
             1e-8,
-            {"gradients": 0.02, "inputs": 30.0},
+            {"gradients": 0.02, "inputs": 1.0},
             phase=True,
         ),
     ]
@@ -155,10 +155,11 @@ class Hyperparameters(TypedDict, total=False):
         int | None,
         Spec(
             "With a history of directions: how many are told apart, >= 1. The state is about rank "
-            "numbers for each input of a layer.",
+            "numbers for each input of a layer. None, with a history of inputs: all, exactly; the "
+            "state has inputs × inputs numbers.",
             require_whole,
             None,
-            {"gradients": 128, "inputs": 64},
+            {"gradients": 128},
             only=("gradients", "inputs"),
         ),
     ]
@@ -249,7 +250,8 @@ def require_consistent(group: Mapping[str, Any]) -> None:
     history = group["history"]
     SPECS["history"].check("history", history)
     for name, only in _OF_SOME_HISTORIES.items():
-        if (group[name] is None) == (history in only):
+        missing = group[name] is None and SPECS[name].default_for(history) is not None
+        if missing or (group[name] is not None and history not in only):
             raise ValueError(
                 f"a group was changed to history={history!r} with {name}={group[name]!r}; a "
                 f"history is chosen when the optimizer is made"

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from avalanche_classp.optim import state_dict as saved
 from avalanche_classp.optim.accumulators import KINDS, Accumulator, Update, kind_for, kind_of
 from avalanche_classp.optim.accumulators.base import DTYPES, Reduce, has_values
-from avalanche_classp.optim.accumulators.inputs import observe_, rows_wanted
+from avalanche_classp.optim.accumulators.inputs import InputsAccumulator
 from avalanche_classp.optim.backends import find_nonfinite
 from avalanche_classp.optim.hyperparameters import (
     SPECS,
@@ -360,14 +360,15 @@ class CLASSPOptimizer(Optimizer):
 
     def _observe(self, layer: Layer, args: tuple[Any, ...], call: int) -> None:
         """Accumulate what a layer was given."""
-        weight, kind = layer.weight, KINDS["inputs"]
+        weight = layer.weight
         group = next(g for g in self.param_groups if any(p is weight for p in g["params"]))
-        state = self.state[weight]
+        kind, state = kind_for(weight, group), self.state[weight]
+        assert isinstance(kind, InputsAccumulator)
         if kind.key not in state:
             state.update(kind.new(weight, group, self._biases[weight]))
         kind.fit_(state, weight, group)
-        for rows in rows_of(layer.module, args, rows_wanted(state), call):
-            observe_(state, rows.to(state["basis"]))
+        for rows in rows_of(layer.module, args, kind.rows_wanted(state), call):
+            kind.observe_(state, rows.to(state[kind.key]))
 
     @torch.no_grad()
     def consolidate(self, factor: float) -> None:
@@ -408,15 +409,15 @@ class CLASSPOptimizer(Optimizer):
         entry.kind.fit_(state, entry.param, group)
         return state
 
-    def _kind_of(self, p: Tensor, history: str) -> Accumulator:
-        if history != "inputs":
-            return kind_for(p, history)
+    def _kind_of(self, p: Tensor, group: Mapping[str, Any]) -> Accumulator:
+        if group["history"] != "inputs":
+            return kind_for(p, group)
         if not self._watchers:
             raise RuntimeError(
                 "history='inputs' needs to see the inputs of the layers; call "
                 "optimizer.watch(model) before the first forward pass"
             )
-        return KINDS["inputs" if p in self._biases else "weights"]
+        return kind_for(p, group) if p in self._biases else KINDS["weights"]
 
     def _entries(self) -> list[_Entry]:
         """Return the parameters that have gradients, each gradient brought here once.
@@ -431,7 +432,7 @@ class CLASSPOptimizer(Optimizer):
                 if p.grad is None:
                     continue
                 where = f"parameter {index} of group {group_index}"
-                kind = self._kind_of(p, group["history"])
+                kind = self._kind_of(p, group)
                 if p.grad.layout not in (torch.strided, torch.sparse_coo):
                     raise RuntimeError(
                         f"CLASSPOptimizer takes dense and sparse COO gradients; {where} has one of "
@@ -443,7 +444,7 @@ class CLASSPOptimizer(Optimizer):
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
                 state = self.state.get(p)
-                if kind is KINDS["inputs"] and not state and not self._reduce:
+                if isinstance(kind, InputsAccumulator) and not state and not self._reduce:
                     raise RuntimeError(
                         f"{where} has a gradient, but its layer's inputs were never seen: call the "
                         f"layer itself, in training mode, after watch; or put the parameter into a "

@@ -86,9 +86,7 @@ def carry_accumulators(
     for name, optimizer in (("old_optimizer", old_optimizer), ("new_optimizer", new_optimizer)):
         if not isinstance(optimizer, CLASSPOptimizer):
             raise TypeError(f"{name} must be a CLASSPOptimizer, got {type(optimizer).__name__}")
-    histories = {
-        p: group["history"] for group in new_optimizer.param_groups for p in group["params"]
-    }
+    groups = {p: group for group in new_optimizer.param_groups for p in group["params"]}
     old_parameters = _by_name("old_named", old_named)
     if old_optimizer.state and not any(p in old_optimizer.state for p in old_parameters.values()):
         raise ValueError(
@@ -96,7 +94,7 @@ def carry_accumulators(
             "named_parameters() of the model that it has trained"
         )
     parameters = _by_name("new_named", new_named)
-    if strangers := [name for name, p in parameters.items() if p not in histories]:
+    if strangers := [name for name, p in parameters.items() if p not in groups]:
         raise ValueError(f"new_named holds {strangers[0]!r}, which is not in new_optimizer")
     report = CarryReport()
     for name, old_param in old_parameters.items():
@@ -109,8 +107,8 @@ def carry_accumulators(
             report.dropped[name] = "the new model has no such parameter"
             continue
         # What watch(model) does not find keeps a history of weights.
-        wanted = {kind_for(param, histories[param])}
-        if histories[param] == "inputs":
+        wanted = {kind_for(param, groups[param])}
+        if groups[param]["history"] == "inputs":
             wanted.add(KINDS["weights"])
         if kind not in wanted:
             report.dropped[name] = "new_optimizer has another kind of history for it"

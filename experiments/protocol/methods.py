@@ -216,6 +216,8 @@ def _classp(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     own: dict[str, Any] = {key: value for key, value in hyper.items() if key != "paper_phases"}
     phases = PAPER_PHASES if hyper.get("paper_phases") else None
     history = "gradients" if "both_sides" in own else "inputs" if "rank" in own else "weights"
+    if history == "inputs":  # 0: the plugin chooses epsilon; all directions are told apart
+        own = {key: value for key, value in own.items() if value or key not in ("epsilon", "rank")}
     # fused=False: no result depends on whether a kernel lies ready.
     return CLASSP(model=model, phases=phases, history=history, fused=False, **own, **common)
 
@@ -442,11 +444,8 @@ def _matrix_space(trial: BaseTrial) -> dict[str, Any]:
 
 
 def _inputs_space(trial: BaseTrial) -> dict[str, Any]:
-    return {
-        "lr": _log(trial, "lr", 0.01, 1.0),  # SGD's rate in directions that are free
-        "epsilon": _log(trial, "epsilon", 1.0, 3000.0),
-        "power": trial.suggest_float("power", 0.7, 1.5),
-    }
+    # lr · epsilon is 1 in recursive least squares; a power other than 1 takes long on a CPU.
+    return {"lr": _log(trial, "lr", 0.1, 3.0), "epsilon": _log(trial, "epsilon", 0.3, 30.0)}
 
 
 def _consolidated_space(trial: BaseTrial) -> dict[str, Any]:
@@ -585,8 +584,9 @@ METHODS = {
         style=Style("#e8a400", "*"),
     ),
     "classp-inputs": Method(
-        description="CLASSP with a history of inputs, an extension: what layers were given counts",
-        defaults={"lr": 0.1, "threshold": 0.0, "epsilon": 30.0, "power": 1.0, "rank": 64},
+        description="CLASSP with a history of inputs, an extension: what layers were given counts; "
+        "epsilon 0 fits the first experience, rank 0 tells all directions apart",
+        defaults={"lr": 1.0, "threshold": 0.0, "epsilon": 0.0, "power": 1.0, "rank": 0},
         build=_classp,
         space=_inputs_space,
         style=Style("#009e73", "*"),

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from avalanche_classp.optim.accumulators.base import Accumulator, Update
+from avalanche_classp.optim.accumulators.exact_inputs import ExactInputsAccumulator
 from avalanche_classp.optim.accumulators.gradients import GradientsAccumulator
 from avalanche_classp.optim.accumulators.inputs import InputsAccumulator
 from avalanche_classp.optim.accumulators.weights import WeightsAccumulator
@@ -23,13 +24,17 @@ KINDS: dict[str, Accumulator] = {
     "weights": WeightsAccumulator(),
     "gradients": GradientsAccumulator(),
     "inputs": InputsAccumulator(),
+    "inputs, exact": ExactInputsAccumulator(),
 }
-"""The kinds by the name of their history."""
+"""The kinds by the name of their history; that of inputs has two."""
 
 
-def kind_for(param: Tensor, history: str) -> Accumulator:
+def kind_for(param: Tensor, group: Mapping[str, Any]) -> Accumulator:
     """Return the kind that a parameter has in a group; what the history's own does not take."""
-    kind = KINDS[history]
+    kind = KINDS[group["history"]]
+    if group["history"] == "inputs":
+        inputs, rank = param.shape[1:].numel(), group["rank"]
+        kind = KINDS["inputs, exact" if rank is None or rank >= inputs else "inputs"]
     return kind if kind.takes(param) else KINDS["weights"]
 
 

@@ -40,10 +40,15 @@ class Reduce:
         """The place of this process in the group."""
         return torch.distributed.get_rank(self.group)
 
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return torch.distributed.get_world_size(self.group)
+
     def mean_(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over the processes."""
         torch.distributed.all_reduce(tensor, group=self.group)
-        tensor /= torch.distributed.get_world_size(self.group)
+        tensor /= self.size
 
     def same_(self, tensor: Tensor) -> None:
         """Replace a tensor by that of the first process."""

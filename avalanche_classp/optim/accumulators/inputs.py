@@ -44,9 +44,6 @@ __all__ = ["InputsAccumulator", "new_moments", "observe_", "rows_wanted"]
 EVERY = 25
 """Steps between renewals of basis and root; fewer at the beginning: 1, 2, 4, 8, 16."""
 
-SMALL = 16
-"""Inputs up to which the root is renewed in every step: there it is cheap, and all is exact."""
-
 NEW_DIRECTIONS = 32
 """Directions that a renewal may take into the basis, the largest of a mini-batch's."""
 
@@ -86,23 +83,15 @@ def new_moments(param: Tensor, rank: int, constant: bool) -> State:
     }
 
 
-def is_whole(state: Mapping[str, Any]) -> bool:
-    """Tell whether the basis has as many directions as there are inputs: nothing is lost."""
-    inputs, directions = state["basis"].shape
-    return inputs == directions
-
-
 def is_due(state: Mapping[str, Any]) -> bool:
     """Tell whether basis and root are to be renewed in this step."""
-    if is_whole(state) and len(state["basis"]) <= SMALL:
-        return True
     since = state["step"] - state["renewed"]
     return since >= min(EVERY, max(1, state["renewed"]))
 
 
 def rows_wanted(state: Mapping[str, Any]) -> int:
     """Return how many rows of the next mini-batch are enough, about."""
-    return MANY_ROWS if is_whole(state) or is_due(state) else FEW_ROWS
+    return MANY_ROWS if is_due(state) else FEW_ROWS
 
 
 @torch.no_grad()
@@ -121,7 +110,7 @@ def observe_(state: State, rows: Tensor) -> None:
     inside = torch.where(usable, inside, 0.0)
     state["moments"].addmm_(inside.T, inside, alpha=1 / count)
     state["rest"] += torch.where(usable, outside, 0.0)
-    if is_due(state) and not is_whole(state):
+    if is_due(state):
         rows = torch.nn.functional.pad(rows, (int(constant), 0), value=1.0)
         rows = torch.where(usable, rows, 0.0)
         state["rows"] = torch.cat([state["rows"], rows]) if "rows" in state else rows
@@ -230,13 +219,36 @@ class InputsAccumulator(Accumulator):
         """Return moments of zero."""
         return new_moments(param, group["rank"], bias is not None)
 
+    def rows_wanted(self, state: Mapping[str, Any]) -> int:
+        """Return how many rows of the next mini-batch are enough, about."""
+        return rows_wanted(state)
+
+    def observe_(self, state: State, rows: Tensor) -> None:
+        """Take the rows of a mini-batch, of shape (rows, inputs), without a 1 for a bias."""
+        observe_(state, rows)
+
+    def renew_(self, state: State, rule: Rule, reduce: Reduce | None = None) -> None:
+        """Prepare for a step; see :func:`renew_`."""
+        if is_due(state):
+            renew_(state, rule, reduce)
+
+    def descend_(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradients: tuple[Tensor, Tensor | None],
+        state: Mapping[str, Any],
+        step: float,
+    ) -> None:
+        """Step; see :func:`descend_`."""
+        descend_(weight, bias, gradients, state, step)
+
     def update_(self, updates: Sequence[Update], rule: Rule, group: Mapping[str, Any]) -> None:
         """Renew the root where it is due, precondition, and step; a bias moves with its weight."""
         for param, grad, state, bias, reduce in updates:
-            if is_due(state):
-                renew_(state, rule, reduce)
+            self.renew_(state, rule, reduce)
             state["step"] += 1
-            dtype, limit = state["basis"].dtype, self.limit(param, rule.power)
+            dtype, limit = accumulator_dtype(param), self.limit(param, rule.power)
             G = apply_threshold(grad.flatten(1), dtype, rule, limit=limit)
             g = None
             if state["constant"] and bias is not None and bias.grad is not None:
@@ -249,12 +261,12 @@ class InputsAccumulator(Accumulator):
                     bias.add_(g, alpha=rule.step)
             elif rule.threshold > 0 or rule.skip_nonfinite:
                 U, u = torch.zeros_like(G), None if g is None else torch.zeros_like(g)
-                descend_(U, u, (G, g), state, rule.step)
+                self.descend_(U, u, (G, g), state, rule.step)
                 weight.add_(U.masked_fill_(G == 0, 0))
                 if bias is not None and g is not None and u is not None:
                     bias.add_(u.masked_fill_(g == 0, 0))
             else:
-                descend_(weight, bias, (G, g), state, rule.step)
+                self.descend_(weight, bias, (G, g), state, rule.step)
             if weight.data_ptr() != param.data_ptr():
                 param.copy_(weight.view(param.shape))
 
@@ -277,7 +289,10 @@ class InputsAccumulator(Accumulator):
 
     def shape(self, state: Mapping[str, Any], param: Tensor) -> torch.Size:
         """Return the parameter's shape where its inputs are as many, or else outputs × inputs."""
-        inputs = len(state["basis"]) - state["constant"]
+        return self.shape_with(len(state["basis"]) - state["constant"], param)
+
+    def shape_with(self, inputs: int, param: Tensor) -> torch.Size:
+        """Return the parameter's shape where it has so many inputs, or else outputs × inputs."""
         same = inputs == param.shape[1:].numel()
         return param.shape if same else torch.Size((len(param), inputs))
 

@@ -56,8 +56,9 @@ FAST = {method: {"lr": LR} for method in METHODS} | {
     "adam": {"lr": 0.01},
     "adagrad": {"lr": 0.02},
     "classp": {"lr": 0.03},
+    "classp-inputs": {"lr": 0.5, "epsilon": 10.0},
 }
-"""Learning rates with which the tiny benchmark is learnt in a few steps."""
+"""Values with which the tiny benchmark is learnt in a few steps."""
 
 
 # --- a tiny benchmark, models, the protocol -------------------------------------------------------
@@ -294,7 +295,7 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("classp-matrix", {"both_sides": True}),
         ("classp-consolidated", {"consolidation": 10.0}),
         ("classp-inputs", {"threshold": 1e-3}),
-        ("classp-inputs", {"epsilon": 1.0}),
+        ("classp-inputs", {"epsilon": 3.0}),
         ("classp-inputs", {"power": 2.0}),
         ("classp-inputs", {"rank": 2}),
         ("slda", {"shrinkage": 0.5}),
