@@ -25,13 +25,13 @@ from .protocol.models import MODELS, require_model
 from .protocol.tuned_settings import Setting, make_config
 from .reporting.figures import draw_figures
 from .reporting.report import write_report
-from .reporting.tables import csv_table, describe, plain_table, table_rows
+from .reporting.tables import csv_table, plain_table, table_rows
 from .running.compare import run_all
 from .running.files import write_atomically
 from .running.processes import available_cores
 from .running.records import Record, Results
 from .running.run import find_device
-from .tuning.search import search
+from .tuning.search import rank, search
 
 if TYPE_CHECKING:
     from avalanche.benchmarks import CLScenario
@@ -90,7 +90,8 @@ class Tuning:
 
     Attributes:
         settings: the best setting of each method, for ``compare(settings=...)``.
-        ranking: one row for each method, best first, with its mean accuracy on validation data, %.
+        ranking: one row for each method, best first, with its mean accuracy on validation data, %,
+            its trials, how many were cut short or diverged, and its values.
     """
 
     settings: Mapping[str, Setting]
@@ -245,19 +246,7 @@ def tune(
             on=on,
             **fixed,
         )
-        trials_made = pd.read_csv(journals / "trials.csv")
-    best = trials_made.groupby("method")["validation_accuracy"].max()
-    rows = [
-        {
-            "method": name,
-            "validation_accuracy": 100 * best[name],
-            "epochs": setting.epochs,
-            "hyper": describe(setting.hyper),
-        }
-        for name, setting in settings.items()
-    ]
-    ranking = pd.DataFrame(rows).sort_values("validation_accuracy", ascending=False)
-    return Tuning(settings, ranking.reset_index(drop=True))
+        return Tuning(settings, rank(settings, journals / "trials.csv"))
 
 
 def _asked(

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import json
 import operator
 import os
 import shlex
@@ -260,6 +259,8 @@ class _Training(_OnStream):
     explains, or a search's folder or settings file; what is given with other options is above it"""
     tensorboard: bool = True
     """write a log directory for each run, for `tensorboard --logdir FOLDER/tensorboard`"""
+    dry_run: bool = False
+    """say what would be run, with which values, and stop"""
 
     def configs(
         self, methods: Sequence[str], overrides: Mapping[str, Mapping[str, str]], local: bool
@@ -291,10 +292,22 @@ class _Training(_OnStream):
 
 
 def _print_settings(configs: Sequence[RunConfig]) -> None:
-    """Print each config's values with where they come from."""
-    width = max(len(config.method) for config in configs)
-    for config in configs:
-        print(f"  {config.method:{width}}  {_explained(config)}")
+    """Print each method's values with where they come from."""
+    print("settings:")
+    by_method = {config.method: config for config in configs}
+    width = max(map(len, by_method))
+    for method, config in by_method.items():
+        print(f"  {method:{width}}  {_explained(config)}")
+    sys.stdout.flush()
+
+
+def _print_plan(configs: Sequence[RunConfig], folder: Path) -> None:
+    """Say how many runs there are to do."""
+    from .running.records import Results
+
+    count = f"{len(configs)} run{'s' * (len(configs) > 1)}"
+    done = len(Results(folder).finished(configs))
+    print(f"{count}, {done} of them finished in {folder}; nothing was run")
 
 
 def _explained(config: RunConfig) -> str:
@@ -389,33 +402,44 @@ class Compare(_Training):
     """address of the cluster"""
 
     def known_methods(self, scenario: str) -> list[str]:
-        """Return the methods that were named, else the usual ones that ``settings`` has."""
+        """Return the methods that were named, else the usual ones that were tuned alike.
+
+        Those are the ones that ``settings`` has; without it, where any were searched, these.
+        """
         methods = _known_methods(self.methods, scenario, self.loss)
         if self.methods:
             return methods
-        stream = self.given("model", "loss")
-        has = {
-            method: find_setting(self.settings, self.benchmark, scenario, method, **stream)
-            for method in methods
-        }
-        lacking = [method for method in methods if has[method] is None]
-        if lacking and len(lacking) < len(methods):
-            print(f"left out, --settings {self.settings} has nothing for: {', '.join(lacking)}")
-        return [method for method in methods if has[method] is not None] or methods
+        stream = (self.benchmark, scenario)
+        alike = []
+        for method in methods:
+            found = find_setting(self.settings, *stream, method, **self.given("model", "loss"))
+            if found and (self.settings or found[1].kind in ("searched", "transferred")):
+                alike.append(method)
+        left_out = [method for method in methods if method not in alike]
+        if not alike or not left_out:
+            return methods
+        print(
+            f"left out: {', '.join(left_out)}; nothing was searched for them (--methods names "
+            f"them, --settings defaults runs all untuned)"
+        )
+        return alike
 
     def run(self, command_line: str) -> int:
         _, scenario = self.check_stream()
         methods = self.known_methods(scenario)
         overrides = _overrides(self.set, methods)
+        from .reporting.report import require_no_foreign, write_report
+
         # A cluster may have a device that is not here.
         first = self.configs(methods, overrides, local=self.engine == "local")
         configs = [
             dataclasses.replace(config, seed=seed) for seed in range(self.seeds) for config in first
         ]
-        print("settings:")
+        require_no_foreign(self.folder)
         _print_settings(first)
-        sys.stdout.flush()
-        from .reporting.report import write_report
+        if self.dry_run:
+            _print_plan(configs, self.folder)
+            return 0
         from .running.compare import run_all
         from .running.records import Results
 
@@ -463,9 +487,10 @@ class Run(_Training):
         overrides = dict(_split_override(text, "KEY=VALUE") for text in self.set)
         (config,) = self.configs([method], {method: overrides}, local=True)
         config = dataclasses.replace(config, seed=self.seed)
-        print("settings:")
         _print_settings([config])
-        sys.stdout.flush()
+        if self.dry_run:
+            _print_plan([config], self.folder)
+            return 0
         from tqdm import tqdm
 
         from .reporting.tables import plain_table, table_rows
@@ -524,6 +549,8 @@ class Search(_OnStream):
     on: Literal["stream", "first-experience"] = "stream"
     """what a trial sees: the whole stream, or the first experience alone, on which it is trained
     and measured"""
+    dry_run: bool = False
+    """say what would be run, and stop"""
     adopt: bool = False
     """make the result this checkout's settings, for --settings oracle or first-experience"""
 
@@ -535,16 +562,25 @@ class Search(_OnStream):
         from .running.files import write_atomically
         from .running.processes import available_cores
         from .running.run import find_device
-        from .tuning.search import search
+        from .tuning.search import rank, search
 
         find_device(self.device)
         # A journal says what its trials were run with, and one of CPU runs names no device.
         device = {} if self.device == "cpu" else {"device": self.device}
+        folder = self.folder / ("search" if self.on == STREAM else f"search-{FIRST_EXPERIENCE}")
+        if self.dry_run:
+            runs = self.trials * self.tuning_seeds + self.finalists * self.finalist_seeds
+            more = f" and {self.finalists} finalists × {self.finalist_seeds}" * (self.finalists > 0)
+            print(
+                f"{', '.join(methods)}: {self.trials} trials × {self.tuning_seeds} seeds{more}, at "
+                f"most {len(methods) * runs} runs, in {folder}; nothing was run"
+            )
+            return 0
         settings = search(
             self.benchmark,
             scenario,
             methods,
-            self.folder / ("search" if self.on == STREAM else f"search-{FIRST_EXPERIENCE}"),
+            folder,
             self.trials,
             self.tuning_seeds,
             self.epochs_choices or spec.epochs_choices,
@@ -559,8 +595,18 @@ class Search(_OnStream):
             **self.given("model", "experiences", "loss"),
             **device,
         )
-        for method, setting in settings.items():
-            print(method, json.dumps(setting.as_dict()))
+        ranking = rank(settings, folder / "trials.csv")
+        print(ranking.to_string(index=False, float_format="%.1f"))
+        commands = [["run", "--method", ranking["method"][0]]]
+        if len(settings) > 1:
+            commands.append(["compare", "--methods", *ranking["method"]])
+        stream = self.given("benchmark", "model", "experiences", "loss", "data_root")
+        stream |= {"scenario": scenario, "settings": folder, **device}
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in stream.items()]
+        words += [f"--load={path}" for path in self.load]
+        print("to use it:")
+        for command in commands:
+            print(f"  {shlex.join([*PROGRAM.split(), *command, *words])}")
         if self.adopt:
             write_atomically(*adopted(self.benchmark, scenario, settings, self.model))
         return 0

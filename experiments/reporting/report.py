@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from ..errors import UserError
 from ..protocol.methods import family_of
 from ..protocol.tuned_settings import Source, explain
 from ..running.files import write_atomically
-from ..running.records import describe_failure
+from ..running.records import RECORDS, describe_failure
 from .figures import CAPTIONS, draw_figures
 from .html import render
 from .tables import (
@@ -42,8 +44,9 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
         failures: failed runs beside them; they are listed under the table.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or holds a foreign file of such a name.
     """
+    require_no_foreign(folder)
     rows = table_rows(results)
     config = results[0]["config"]
     title = f"{config['benchmark']}, {config['scenario']}-incremental"
@@ -99,6 +102,24 @@ def write_report(results: Sequence[Result], folder: Path, failures: Sequence[Res
     write_atomically(folder / "report.html", page)
     failed = [f"FAILED {line}" for line in failed]
     return "\n".join([title, sources, plain_table(rows), *failed, *missing])
+
+
+def require_no_foreign(folder: Path) -> None:
+    """Check that no file in the folder would be replaced that a report has not written.
+
+    Raises:
+        UserError: there is one.
+    """
+    table = folder / "table.md"
+    with suppress(OSError, ValueError):
+        if (folder / RECORDS).is_file() or _INTERVALS in table.read_text(encoding="utf-8"):
+            return
+    for name in ("table.md", "table.csv", "report.html", *CAPTIONS):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name} is there and no report of a comparison has written it; name "
+                f"another folder, or move it away"
+            )
 
 
 _INTERVALS = (

@@ -24,6 +24,7 @@ from ..errors import UserError, one_line
 from ..protocol.config import RunConfig
 from .files import make_folder, write_atomically
 
+RECORDS = "records.jsonl.gz"
 SCHEMA = 3
 _NUMBERS = (
     "average_accuracy",
@@ -53,7 +54,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / "records.jsonl.gz"
+        self.path = folder / RECORDS
         self._forget()
 
     def _forget(self) -> None:

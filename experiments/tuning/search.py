@@ -26,6 +26,7 @@ from ..protocol.tuned_settings import (
     FIRST_EXPERIENCE,
     STREAM,
     Setting,
+    explain,
     make_config,
     place_of,
     settings_json,
@@ -140,14 +141,14 @@ def search(
             )
         study.set_user_attr("arguments", arguments | own)
     tasks = [(method, folder, trials, finalists, finalist_seeds, data_root) for method in methods]
-    with (
-        closing(in_processes(_search_method, tasks, jobs, start=start)) as ended,
-        tqdm(total=len(methods), unit="method", desc=f"search {benchmark} {scenario}") as bar,
-    ):
-        for number, outcome in ended:
-            if isinstance(outcome, WorkerDiedError):
-                raise UserError(f"the search of {methods[number]}: {outcome}")
-            bar.update()
+    steps = trials + finalists * finalist_seeds
+    with _Bar(methods, steps, f"search {benchmark} {scenario}") as bar:
+        searches = in_processes(_search_method, tasks, jobs, told=bar.show, start=start)
+        with closing(searches) as ended:
+            for number, outcome in ended:
+                if isinstance(outcome, WorkerDiedError):
+                    raise UserError(f"the search of {methods[number]}: {outcome}")
+                bar.show(number, (steps, None))
     searched = [path.stem for path in sorted(folder.glob("*.journal"))]
     # Another search of other methods may have just begun.
     studies = {m: s for m in searched if ended_trials(s := open_study(m, folder))}
@@ -156,6 +157,24 @@ def search(
     chosen = {place_of(*place, fixed.get("model")): settings}
     write_atomically(folder / "settings.json", settings_json(chosen))
     return {method: settings[method] for method in methods}
+
+
+class _Bar(tqdm):
+    """A progress bar over the trials of all methods, with the best one so far."""
+
+    def __init__(self, methods: Sequence[str], steps: int, description: str) -> None:
+        super().__init__(total=steps * len(methods), unit="trial", desc=description)
+        self._methods = methods
+        self._done = dict.fromkeys(range(len(methods)), 0)
+        self._best: tuple[float, str] | None = None
+
+    def show(self, number: int, told: tuple[int, float | None]) -> None:
+        """Show how many of a method's trials and finalists' runs are done, and its best value."""
+        self._done[number], value = told
+        if value is not None and (self._best is None or value > self._best[0]):
+            self._best = value, self._methods[number]
+            self.set_postfix_str(f"best {100 * value:.1f} % by {self._methods[number]}")
+        self.update(sum(self._done.values()) - self.n)
 
 
 def _search_method(
@@ -168,12 +187,19 @@ def _search_method(
     send: Callable[[Any], None],
 ) -> None:
     study = open_study(method, folder)
+
+    def tell(further: int = 0) -> None:
+        best = max((trial.value or 0.0 for trial in _whole_trials(study)), default=None)
+        send((min(len(ended_trials(study)), trials) + further, best))
+
+    tell()
     while len(ended_trials(study)) < trials:
         # With those that another process has begun: it would begin with the same values.
         begun = len(study.get_trials(deepcopy=False))
         study.sampler = optuna.samplers.TPESampler(seed=begun)
         study.optimize(lambda trial: _objective(trial, data_root), n_trials=1)
-    _run_finalists(study, finalists, finalist_seeds, data_root)
+        tell()
+    _run_finalists(study, finalists, finalist_seeds, data_root, tell)
 
 
 def config_of(
@@ -250,7 +276,11 @@ def _report_and_prune(
 
 
 def _run_finalists(
-    study: optuna.Study, finalists: int, finalist_seeds: int, data_root: Path | None
+    study: optuna.Study,
+    finalists: int,
+    finalist_seeds: int,
+    data_root: Path | None,
+    tell: Callable[[int], None],
 ) -> None:
     """Run the best trials with more seeds.
 
@@ -259,7 +289,7 @@ def _run_finalists(
     """
     tuning_seeds = study.user_attrs["arguments"]["tuning_seeds"]
     known: dict[str, list[float]] = study.user_attrs.get("finalists", {})
-    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    whole = _whole_trials(study)
     whole.sort(key=lambda trial: trial.value or 0.0, reverse=True)
     for i in range(finalist_seeds):
         for trial in whole[:finalists]:
@@ -273,6 +303,7 @@ def _run_finalists(
             except DivergedError:
                 values.append(0.0)
             study.set_user_attr("finalists", known)
+            tell(sum(map(len, known.values())))
 
 
 _LINE = b'{"op_code":'
@@ -335,8 +366,44 @@ def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
+def _whole_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that have a value."""
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def rank(settings: Mapping[str, Setting], trials_csv: Path) -> pd.DataFrame:
+    """Return a row for each method with its setting, the best first.
+
+    Args:
+        settings: what :func:`search` has returned.
+        trials_csv: the file that it has written.
+
+    Returns:
+        The columns ``method``, ``validation_accuracy`` in %, which is the mean over all seeds where
+        finalists were run with more of them, ``trials``, how many of them were ``cut`` short or
+        diverged, ``epochs`` and ``hyper``.
+    """
+    trials = pd.read_csv(trials_csv)
+    rows = []
+    for method, setting in settings.items():
+        own = trials[trials["method"] == method]
+        by = "all_seeds" if own["all_seeds"].notna().any() else "validation_accuracy"
+        rows.append(
+            {
+                "method": method,
+                "validation_accuracy": 100 * own[by].max(),
+                "trials": len(own),
+                "cut": int(own["validation_accuracy"].isna().sum()),
+                "epochs": setting.epochs,
+                "hyper": explain(setting.hyper, {}),
+            }
+        )
+    ranking = pd.DataFrame(rows).sort_values("validation_accuracy", ascending=False)
+    return ranking.reset_index(drop=True)
+
+
 def _best(study: optuna.Study, batch_size: int) -> Setting:
-    whole = study.get_trials(states=(TrialState.COMPLETE,))
+    whole = _whole_trials(study)
     if not whole:
         raise UserError(f"no trial of {study.study_name} succeeded; give more --trials")
     values = _with_all_seeds(study)

@@ -51,6 +51,7 @@ def made_up(config, *ignored, **also_ignored):
         "accumulator_maps": [[[1.0, 2.0], [0.5, 0.0]]] * 2,
         "eval_seconds": [1.0, 2.0],
         "seconds_per_experience": 1.0,
+        "state_bytes": [4],
         "state_bytes_per_parameter": 4.0,
         "peak_memory_bytes": 10**9,
         "peak_device_bytes": None,

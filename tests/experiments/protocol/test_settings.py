@@ -195,3 +195,31 @@ def test_commands_say_where_each_value_comes_from(tmp_path, capsys):
     listed = capsys.readouterr().out
     assert "ewc_lambda=17.24, lr=0.005302, epochs=3, batch_size=32 (searched on" in listed
     assert "nothing for --settings oracle" in listed
+
+
+def test_by_default_only_methods_that_were_searched_are_compared(tmp_path, capsys, monkeypatch):
+    words = ["compare", "--dry-run", "--output", str(tmp_path / "none")]
+    one = {"split-digits/class": {"ewc": Setting(1, 32, {"lr": 0.5})}}
+    monkeypatch.setattr(tuned_settings, "SETTINGS_FILE", tmp_path / "settings.json")
+    (tmp_path / "settings.json").write_text(settings_json(one))
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "left out: naive, adagrad, adam, ewc-online, si" in printed
+    assert "3 runs, 0 of them finished" in printed
+    assert main([*words, "--methods", "ewc", "si", "--seeds", "2"]) == 0
+    assert "4 runs, 0 of them finished" in capsys.readouterr().out
+    (tmp_path / "settings.json").write_text("{}")
+    read_settings.cache_clear()
+    usual = sum(spec.usual for spec in METHODS.values())
+    assert main(words) == 0
+    assert f"{3 * usual} runs" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_value_for_all_methods_is_refused_where_one_lacks_it(tmp_path, capsys):
+    words = ["compare", "--dry-run", "--output", str(tmp_path), "--methods", "ewc", "si"]
+    assert main([*words, "--set", "si.lr=0.3", "--set", "lr=0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("lr=0.2 (given)") == printed.count("lr=0.3 (given)") == 1
+    assert main([*words, "--set", "si_lambda=1"]) == 2
+    assert "ewc has no si_lambda" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -821,3 +822,14 @@ def test_side_by_side_refuses_what_has_no_one_number(tmp_path):
         Results(tmp_path).save(fake_result("ewc", 0, config={"hyper": {"lr": lr}}))
     with pytest.raises(UserError, match="several settings of a method"):
         side_by_side([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "report.html", "accuracy.png"])
+def test_a_report_replaces_no_foreign_file(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        write_report([fake_result("naive", 0)], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    write_report([fake_result("naive", 0)], tmp_path)
+    write_report([fake_result("naive", 1)], tmp_path)  # its own

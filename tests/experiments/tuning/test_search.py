@@ -225,6 +225,13 @@ def test_a_search_on_the_first_experience_leaves_what_it_cannot_see(tmp_path, mo
     (chosen,) = json.loads((folder / "settings.json").read_text())["split-digits/class"].values()
     assert chosen["hyper"] == {"lr": lowest}
     assert (chosen["epochs"], chosen["searched_on"]) == (fewest, "first-experience")
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    command = printed.splitlines()[-1].strip()
+    assert command.endswith(
+        f"run --method ewc --benchmark=split-digits --scenario=class --settings={folder}"
+    )
+    assert "100.0      12" in printed  # validation accuracy and trials
+    assert main([*command.split("experiments ")[1].split(), "--dry-run"]) == 0
+    assert f"lr={lowest:.4g}" in capsys.readouterr().out
     assert main(["list", "--settings", str(folder)]) == 0
     assert "(searched on the first experience of split-digits/class)" in capsys.readouterr().out
