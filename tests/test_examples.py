@@ -15,7 +15,12 @@ TOLERANCE = 6.0
 """How far a number may be from the printed one: other processors round otherwise."""
 
 OF_THEIR_OWN = {"several_processes", "paper_experiment"}
-NEEDS = {"with_lightning": "lightning", "with_accelerate": "accelerate"}
+NEEDS = {
+    "with_lightning": ("lightning",),
+    "with_accelerate": ("accelerate",),
+    "with_trainer": ("transformers", "accelerate"),
+    "with_peft": ("transformers", "peft"),
+}
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -40,9 +45,9 @@ def assert_last_lines(name, output):
     "name", sorted({path.stem for path in EXAMPLES.glob("*.py")} - OF_THEIR_OWN)
 )
 def test_an_example_prints_what_it_promises(name, capsys, tmp_path, monkeypatch):
-    package = NEEDS.get(name)
-    if package and not importlib.util.find_spec(package):
-        pytest.skip(f"{package} is not installed: pip install {package}")
+    for package in NEEDS.get(name, ()):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed: pip install {package}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

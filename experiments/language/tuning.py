@@ -173,8 +173,7 @@ def make_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, **run.hyper)
     if run.method == "classp":
         return CLASSPOptimizer(parameters, **run.hyper)
-    # As many directions as the widest layer has inputs: nothing of the history is lost.
-    optimizer = CLASSPOptimizer(parameters, history="inputs", rank=HIDDEN, **run.hyper)
+    optimizer = CLASSPOptimizer(parameters, history="inputs", **run.hyper)
     optimizer.watch(model)
     return optimizer
 

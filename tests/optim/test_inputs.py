@@ -613,3 +613,18 @@ def test_the_plugin_fits_epsilon_to_the_first_experience(avalanche_classp, count
         for trained, expected in ((strategy, epsilon), (given, 7.0)):
             trained.train(part)
             assert trained.optimizer.param_groups[0]["epsilon"] == expected
+
+
+def test_accumulated_gradients_are_one_mini_batch_with_so_many_times_the_epsilon():
+    """Each of the k forward passes counts in the history."""
+    x, y = data()
+    whole = nn.Linear(6, 3).double()
+    parts = copy.deepcopy(whole)
+    joint, accumulated = watched(whole, epsilon=1.0), watched(parts, epsilon=4.0)
+    for batch in torch.arange(64).split(32):
+        step(whole, joint, x[batch], y[batch])
+        accumulated.zero_grad()
+        for some in batch.split(8):
+            (parts(x[some]) - y[some]).square().sum(1).mean().div(2 * 4).backward()
+        accumulated.step()
+    assert_close(joined(parts), joined(whole))
