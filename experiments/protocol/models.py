@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from .pretrained import PRETRAINED, is_pretrained
+from .pretrained import PRETRAINED, is_pretrained, load_tail
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def make_model(name: str, shape: Shape, labels: int, multi_head: bool) -> nn.Mod
         UserError: the model is unknown, or does not take samples of that shape.
     """
     require_model(name)
-    model = Model("", _head, "classifier") if is_pretrained(name) else MODELS[name]
+    model = _on_pretrained(name) if is_pretrained(name) else MODELS[name]
     if model.channels is not None and (len(shape) != 3 or shape[0] not in model.channels):
         channels = " or ".join(map(str, model.channels))
         raise UserError(
@@ -147,11 +147,18 @@ def _strided_cnn(shape: Shape, labels: int) -> nn.Module:
     return _with_classifier(layers, 256, labels)
 
 
-def _head(shape: Shape, labels: int) -> nn.Module:
-    """Make a linear classifier of features."""
-    from torch import nn
+def _on_pretrained(name: str) -> Model:
+    """Return a linear classifier of features, behind what of the pretrained network learns."""
 
-    return _with_classifier([nn.Flatten()], math.prod(shape), labels)
+    def make(shape: Shape, labels: int) -> nn.Module:
+        import torch
+        from torch import nn
+
+        tail = load_tail(name) or nn.Flatten()
+        size = tail(torch.zeros(1, *shape)).shape[1]
+        return _with_classifier([tail], size, labels)
+
+    return Model("", make, "classifier")
 
 
 def _mlp(hidden_size: int) -> Model:

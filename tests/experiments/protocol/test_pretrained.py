@@ -32,7 +32,7 @@ def tiny(seed=0):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(pretrained, "_efficientnet_lite0", lambda name, side: tiny())
+    monkeypatch.setattr(pretrained, "_efficientnet_lite0", lambda side, last_blocks: tiny())
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_backbone_enlarges_and_normalises():
 
 
 def test_features_are_computed_once(images, tmp_path):
-    backbone = Backbone(*tiny())
+    backbone = Backbone(*tiny()[:4])
     seen = counted(backbone)
     first = cached_features(backbone, images, tmp_path / "some")
     assert sum(seen) == len(images)
@@ -69,7 +69,7 @@ def test_features_are_computed_once(images, tmp_path):
 
 
 def test_whoever_is_killed_goes_on(images, tmp_path):
-    backbone = Backbone(*tiny())
+    backbone = Backbone(*tiny()[:4])
     whole = cached_features(backbone, images, tmp_path / "some")
     (folder,) = tmp_path.iterdir()
     (folder / f"{features.CHUNK:06}").unlink()
@@ -81,7 +81,7 @@ def test_whoever_is_killed_goes_on(images, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + b"?", lambda b: b""])
 def test_a_damaged_file_is_made_anew(images, tmp_path, damage):
-    backbone = Backbone(*tiny())
+    backbone = Backbone(*tiny()[:4])
     whole = cached_features(backbone, images, tmp_path / "some")
     (folder,) = tmp_path.iterdir()
     path = folder / "000000"
@@ -91,11 +91,11 @@ def test_a_damaged_file_is_made_anew(images, tmp_path, damage):
 
 @pytest.mark.parametrize("other", ["weights", "size", "images"])
 def test_other_weights_sizes_or_images_have_features_of_their_own(images, tmp_path, other):
-    cached_features(Backbone(*tiny()), images, tmp_path / "some")
+    cached_features(Backbone(*tiny()[:4]), images, tmp_path / "some")
     network = tiny(seed=1) if other == "weights" else tiny()
     network = network._replace(side=41) if other == "size" else network
     images = images[::-1].copy() if other == "images" else images
-    cached_features(Backbone(*network), images, tmp_path / "some")
+    cached_features(Backbone(*network[:4]), images, tmp_path / "some")
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -138,15 +138,15 @@ def test_methods_run_on_features(method, stand_in, tmp_path, monkeypatch):
     assert len(result["accuracy_matrix"][-1]) == 5
 
 
-def test_the_head_is_one_linear_layer():
-    model = make_model("timm:any@64", (12,), 10, multi_head=False)
+def test_the_head_is_one_linear_layer(stand_in):
+    model = make_model("efficientnet-lite0@64", (12,), 10, multi_head=False)
     assert sum(p.numel() for p in model.parameters()) == 12 * 10 + 10
 
 
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("efficientnet-lite9", "did you mean efficientnet-lite0?"),
+        ("efficientnet-lite9", "did you mean efficientnet-lite0"),
         ("timm:", "unknown model 'timm:'"),
         ("efficientnet-lite0:large", "unknown model"),
     ],
@@ -203,5 +203,12 @@ def test_the_real_network_gives_the_features_that_its_package_pools():
         normalised = (images.permute(0, 3, 1, 2).float() - 127) / 128
         expected = network.extract_features(normalised).mean((2, 3))
         found = pretrained.load_backbone("efficientnet-lite0@224")(images)
-    assert found.shape == (2, 1280)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        assert found.shape == (2, 1280)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        # The same in two parts, of which the second learns.
+        name = "efficientnet-lite0+last-blocks@224"
+        middle = pretrained.load_backbone(name)(images)
+        model = make_model(name, middle.shape[1:], 10, multi_head=False)
+        torch.testing.assert_close(model.features(middle), expected, atol=1e-3, rtol=1e-3)
+    assert all(p.requires_grad for p in model.parameters())
+    assert middle.shape == (2, 192, 7, 7)
