@@ -149,6 +149,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_in_the_docs_are_understood(command):
     places = {"$ALL": "naive classp", "$FIVE": "naive", "$HALF": "half", "SCENARIO": "class"}
+    places["$STREAM"] = "--benchmark permuted-mnist"
     for name, value in places.items():
         command = command.replace(name, value)
     command = re.sub(r"=(RANK|FACTOR)\b", "=2", command.replace("EPOCHS", "1"))

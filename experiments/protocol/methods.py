@@ -658,6 +658,7 @@ METHODS = {
         build=_kfac_laplace,
         space=lambda trial: {**_sgd_space(trial), "strength": _log(trial, "strength", 1e-3, 1e6)},
         usual=False,
+        unseen=("strength",),
     ),
     "ncm": Method(
         description="nearest class mean of the features, SGD with feature distillation",
