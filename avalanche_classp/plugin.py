@@ -132,7 +132,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         validate(self.hyperparameters)
         self.phases = None if phases is None else _validated_phases(phases)
         self.consolidation = validated_factor("consolidation", consolidation)
-        self._optimizer: CLASSPOptimizer | None = None
+        self._optimizer: Any = None  # a CLASSPOptimizer since the take-over
         self._chooses_epsilon = False
         self._start_afresh()
 
@@ -203,7 +203,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def _count_steps(self) -> None:
         """Have each step of the optimizer counted; copies of an optimizer have no hooks."""
-        assert self._optimizer is not None
         if self._count_step not in step_hooks(self._optimizer):
             self._optimizer.register_step_post_hook(self._count_step)
 
@@ -250,12 +249,12 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         """Give the accumulators back to the adapted parameters, consolidate, set the phase."""
         _restore_histories(strategy, self._history)
         self._history = {}
-        if self._within_experience and _begins_experience(strategy.experience):
+        experience = strategy.experience
+        if self._within_experience and (not _is_part(experience) or experience.is_first_subexp):
             # Avalanche does not mark the last part where all parts are of the same size.
             self._within_experience = False
             self.experiences_seen += 1
         if self.experiences_seen > self._consolidated:
-            assert self._optimizer is not None
             self._optimizer.consolidate(self.consolidation)
             self._consolidated = self.experiences_seen
         if self._chooses_epsilon:
@@ -265,15 +264,15 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Refuse another optimizer; with the first epoch drop the history of weights made anew."""
-        if strategy.optimizer is not self._optimizer:
+        optimizer = strategy.optimizer
+        if optimizer is not self._optimizer:
             self._refuse_another_optimizer(strategy)
-            self._use(strategy.optimizer)  # PackNetPlugin resets the optimizer like this
+            self._use(optimizer)  # PackNetPlugin resets the optimizer like this
             self._count_steps()
             self._enter_phase()
         if self._begins:
             self._begins = False
             self._drop_histories_of_weights_made_anew(strategy)
-        optimizer = strategy.optimizer
         if any(group["history"] == "inputs" for group in optimizer.param_groups):
             optimizer.watch(strategy.model)  # anew: layers may have been replaced
 
@@ -283,7 +282,8 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         if not self._begins:
             self._refuse_training_without_steps(strategy)
             self._note_weights(strategy)
-        self._within_experience = not _ends_experience(strategy.experience)
+        experience = strategy.experience
+        self._within_experience = _is_part(experience) and not experience.is_last_subexp
         if not self._within_experience:
             self.experiences_seen += 1
 
@@ -298,7 +298,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def _choose_epsilon(self, samples: int) -> None:
         """Fit the epsilon of a history of inputs to the first experience's size."""
-        assert self._optimizer is not None
         default = SPECS["epsilon"].default_for("inputs")
         for group in self._optimizer.param_groups:
             if group["history"] == "inputs" and group["epsilon"] == default:
@@ -317,13 +316,11 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         phase = self.phases[min(self.experiences_seen, len(self.phases) - 1)]
         if phase is self._phase:
             return
-        assert self._optimizer is not None
-        for group, original in zip(self._optimizer.param_groups, self._before_phase, strict=False):
+        groups = self._optimizer.param_groups
+        for group, original in zip(groups, self._before_phase, strict=False):
             group.update(original)
-        self._before_phase = [
-            {key: group[key] for key in phase} for group in self._optimizer.param_groups
-        ]
-        for group in self._optimizer.param_groups:
+        self._before_phase = [{key: group[key] for key in phase} for group in groups]
+        for group in groups:
             group.update(phase)
         self._phase = phase
 
@@ -360,7 +357,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         )
 
     def _drop_histories_of_weights_made_anew(self, strategy: Any) -> None:
-        assert self._optimizer is not None
         state = self._optimizer.state
         dropped = []
         if self._steps == self._steps_when_noted:
@@ -381,7 +377,6 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
 
     def _note_weights(self, strategy: Any) -> None:
         """Note where the weights are, and which of them are without history."""
-        assert self._optimizer is not None
         self._steps_when_noted = self._steps
         for name, p in strategy.model.named_parameters():
             noted = self._notes.get(name)
@@ -457,13 +452,6 @@ def _restore_histories(strategy: Any, histories: Mapping[str, Mapping[str, Any]]
             )
 
 
-def _begins_experience(experience: Any) -> bool:
-    return not _has_known_boundaries(experience) or experience.is_first_subexp
-
-
-def _ends_experience(experience: Any) -> bool:
-    return not _has_known_boundaries(experience) or experience.is_last_subexp
-
-
-def _has_known_boundaries(experience: Any) -> bool:
+def _is_part(experience: Any) -> bool:
+    """Tell whether this is a part of an experience whose boundaries are known."""
     return isinstance(experience, OnlineCLExperience) and experience.access_task_boundaries

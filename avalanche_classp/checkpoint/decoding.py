@@ -101,13 +101,13 @@ class _Decoder:
             "value": self._value,
             "enum": self._enum,
             "torch": self._torch,
-            "numpy dtype": self._numpy_dtype,
-            "array": self._array,
-            "number": self._number,
+            "numpy dtype": lambda record, twin, where: np.dtype(record["name"]),
+            "array": lambda record, twin, where: record["data"].numpy(),
+            "number": lambda record, twin, where: record["data"].numpy()[()],
             "device": self._device,
             "weakref": self._weakref,
             "script": self._script,
-            "not saved": self._not_saved,
+            "not saved": lambda record, twin, where: twin,
             "method": self._method,
             "partial": self._partial,
             "object": self._object,
@@ -221,15 +221,6 @@ class _Decoder:
             raise self._misfit(where, record["name"])
         return found
 
-    def _numpy_dtype(self, record: Any, twin: Any, where: str) -> Any:
-        return np.dtype(record["name"])
-
-    def _array(self, record: Any, twin: Any, where: str) -> Any:
-        return record["data"].numpy()
-
-    def _number(self, record: Any, twin: Any, where: str) -> Any:
-        return record["data"].numpy()[()]
-
     def _device(self, record: Any, twin: Any, where: str) -> Any:
         found = self._initial.at(record["path"])
         if isinstance(found, torch.device):
@@ -249,9 +240,6 @@ class _Decoder:
         if found is None:
             raise self._misfit(where, record["class"])
         return found
-
-    def _not_saved(self, record: Any, twin: Any, where: str) -> Any:
-        return twin
 
     def _method(self, record: Any, twin: Any, where: str) -> Any:
         owner = self.value(record["self"], getattr(twin, "__self__", None), f"{where}.__self__")
