@@ -193,6 +193,7 @@ PLAUSIBLE = [
 PLAUSIBLE += ["1,2", "lr=0.1", "classp.power=2", "naive.lr=1", "cpu", "5", "10", "0.5", "100"]
 
 
+@pytest.mark.slow
 @parametrize("name", OPTIONS)
 def test_every_option_refuses_or_takes_every_word(name, tmp_path):
     for option in [*OPTIONS[name], *COMMON]:

@@ -54,6 +54,7 @@ BACKENDS = {
     "kernel": kernel.update_,
     "compiled": compiled.update_,
 }
+COMPILED = pytest.param("compiled", marks=pytest.mark.slow)
 
 
 @lru_cache(maxsize=1)
@@ -114,7 +115,7 @@ def with_kernel(built):
         pytest.skip("no C++ compiler here")
 
 
-@pytest.fixture(params=["blocks", "foreach", "kernel", "compiled"])
+@pytest.fixture(params=["blocks", "foreach", "kernel", COMPILED])
 def path(request, monkeypatch):
     """A path that is to do what the loop does."""
     if request.param == "kernel":
@@ -196,7 +197,7 @@ def test_weights_below_the_threshold_keep_every_bit(path, power, dtype):
     assert not torch.equal(a, before[2])
 
 
-@parametrize("path", ["loop", "blocks", "foreach", "kernel", "compiled"], indirect=True)
+@parametrize("path", ["loop", "blocks", "foreach", "kernel", COMPILED], indirect=True)
 @parametrize("power", [0.5, 1.5, 3.0])
 def test_powers_with_a_short_way_differ_from_the_formula_by_rounding_alone(path, power):
     sizes = 10.0 ** torch.linspace(-28, 4, 4001, dtype=torch.float64)

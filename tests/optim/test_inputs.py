@@ -439,6 +439,7 @@ def test_inputs_that_are_not_finite_are_not_remembered():
 
 
 # Dynamo looks at the gradient of what it goes on with after the hook.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_is_watched():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

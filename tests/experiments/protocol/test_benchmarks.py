@@ -84,6 +84,7 @@ def test_the_usual_model_has_the_heads_of_the_scenario(name, scenario):
     assert head.out_features == labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scenario"), PAIRS)
 def test_every_benchmark_is_learnt_from_its_files(name, scenario, small_root):
     """Joint training on what the small files hold: a bright row that tells the class.
@@ -198,6 +199,7 @@ def has(folder):
     return (Path(default_dataset_location(folder.split("/")[0])) / folder.split("/")[1]).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scenario", "folder", "counted"),
     [
@@ -218,6 +220,7 @@ def test_the_real_data_is_learnt(name, scenario, folder, counted):
     assert accuracies[-1] > (0.7 if name == "split-cifar10" else 0.85)
 
 
+@pytest.mark.slow
 def test_the_real_mnist_and_fashion_mnist_are_ten_classes_each():
     for folder in ("mnist/MNIST", "fashionmnist/FashionMNIST"):
         if not has(folder):

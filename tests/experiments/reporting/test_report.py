@@ -563,6 +563,7 @@ def test_a_lonely_label_is_right_beside_its_point():
     assert boxes["ewc"].y0 < spot[1] < boxes["ewc"].y1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("methods", "experiences", "seeds"),
     [(ALL, 20, 1), (ALL[-3:], 10, 2), (ALL[-2:], 2, 5), (ALL[:1], 1, 1)],

@@ -114,6 +114,7 @@ def test_a_run_equals_a_plain_avalanche_script():
         assert ours[key] == metrics[f"{name}/eval_phase/test_stream"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_config_gives_the_same_numbers(method, results):
     assert without_times(run(small_config(method))) == without_times(results[method])
