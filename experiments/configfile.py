@@ -37,7 +37,7 @@ def read_words(path: Path, command: type) -> list[str]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"--config {path} is no TOML file: {error}") from None
     defaults = {
         field.name.replace("_", "-"): field.default

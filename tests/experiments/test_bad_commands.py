@@ -273,7 +273,7 @@ def test_config_files_of_any_kind_work_or_are_refused(name, table, folder):
     assert path.read_bytes() == before
 
 
-BAD_TOML = [b"\xff\xfe", b"\0", b"seed = 1\nseed = 2", b"a = " + b"[" * 10**5, b"seed = 2020-01-01"]
+BAD_TOML = [b"\xff\xfe", b"\0", b"seed = 1\nseed = 2", b"seed = 2020-01-01"]
 BAD_TOML += [
     b"seed=[]",
     b"seed=[1,2]",
