@@ -282,12 +282,11 @@ class CLASSPOptimizer(Optimizer):
                     stack.enter_context(torch.autocast(device_type, enabled=False))
             self._require_finite(entries)
             updates: dict[tuple[int, Accumulator], list[Update]] = {}
-            biases = [self._biases.get(entry.param) for entry in entries]
+            biases = [self._biases.get(e.param) if self._biases else None for e in entries]
             with_weight = {id(bias) for bias in biases if bias is not None}
-            for entry in entries:
+            for entry, bias in zip(entries, biases, strict=True):
                 if id(entry.param) in with_weight:
                     continue
-                bias = self._biases.get(entry.param)
                 state = self._state_of(entry)
                 update = Update(entry.param, entry.grad, state, bias, self._reduce)
                 updates.setdefault((entry.group_index, entry.kind), []).append(update)
@@ -432,40 +431,40 @@ class CLASSPOptimizer(Optimizer):
                 if p.grad is None:
                     continue
                 where = f"parameter {index} of group {group_index}"
-                kind = self._kind_of(p, group)
-                if p.grad.layout not in (torch.strided, torch.sparse_coo):
+                kind, grad = self._kind_of(p, group), p.grad
+                if grad.layout not in (torch.strided, torch.sparse_coo):
                     raise RuntimeError(
                         f"CLASSPOptimizer takes dense and sparse COO gradients; {where} has one of "
-                        f"layout {p.grad.layout}"
+                        f"layout {grad.layout}"
                     )
                 if refusal := kind.refusal(p):
                     raise RuntimeError(
                         f"history={group['history']!r} takes whole parameters with dense "
                         f"gradients; {where} is {refusal}: give it history='weights'"
                     )
-                state = self.state.get(p)
+                state: Any = self.state.get(p)
                 if isinstance(kind, InputsAccumulator) and not state and not self._reduce:
                     raise RuntimeError(
                         f"{where} has a gradient, but its layer's inputs were never seen: call the "
                         f"layer itself, in training mode, after watch; or put the parameter into a "
                         f"group with history='weights'"
                     )
-                if (held := kind_of(state)) not in (None, kind):
+                has_one = state is not None and kind.key in state
+                if state and not has_one and (held := kind_of(state)):
                     raise RuntimeError(
                         f"{where} has a history of another kind ({held.key}) than its group's "
                         f"history={group['history']!r}; make an optimizer for another kind"
                     )
-                shape = kind.shape(state, p) if state and kind.key in state else p.shape
+                shape = kind.shape(state, p) if has_one else p.shape
                 # A kernel knows no shapes and would write beyond the tensors.
-                if not p.grad.shape == p.shape == shape:
+                if not grad.shape == p.shape == shape:
                     raise RuntimeError(
                         f"{where} has the shape {tuple(p.shape)}, its gradient "
-                        f"{tuple(p.grad.shape)} and its accumulator {tuple(shape)}: its data was "
+                        f"{tuple(grad.shape)} and its accumulator {tuple(shape)}: its data was "
                         f"replaced; make an optimizer for the new shape, and carry what was "
                         f"accumulated with avalanche_classp.carry_accumulators"
                     )
-                grad = local_gradient(p, p.grad)
-                entries.append(_Entry(group_index, index, p, grad, kind))
+                entries.append(_Entry(group_index, index, p, local_gradient(p, grad), kind))
         return entries
 
     def _require_finite(self, entries: list[_Entry]) -> None:
