@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from avalanche_classp.optim.sharding import local
 
-__all__ = ["Note", "fits", "has_moved", "is_made_anew", "note", "note_again"]
+__all__ = ["Note", "fits", "has_moved", "is_made_anew", "note", "note_again", "sampled"]
 
 Note = dict[str, Any]
 """A parameter's shape, and sampled weights: when its history began, and when last looked at."""
@@ -37,7 +37,7 @@ def note(param: Tensor) -> Note | None:
     if is_lazy(param) or param.is_meta or param.numel() == 0:
         return None
     shape = tuple(local(param).shape)
-    began = _sampled(param, shape)
+    began = sampled(param, shape)
     return {"shape": shape, "began": began, "last": began}
 
 
@@ -51,12 +51,12 @@ def fits(noted: Note, param: Tensor) -> bool:
 
 def note_again(noted: Note, param: Tensor) -> None:
     """Note where the weights are now; of one that has grown, those that it began with."""
-    noted["last"] = _sampled(param, noted["shape"])
+    noted["last"] = sampled(param, noted["shape"])
 
 
 def has_moved(noted: Note, param: Tensor) -> bool:
     """Tell whether weights have changed since they were last noted."""
-    return fits(noted, param) and _sampled(param, noted["shape"]) != noted["last"]
+    return fits(noted, param) and sampled(param, noted["shape"]) != noted["last"]
 
 
 def is_made_anew(noted: Note, param: Tensor) -> bool:
@@ -67,7 +67,7 @@ def is_made_anew(noted: Note, param: Tensor) -> bool:
 
     if not fits(noted, param):
         return False
-    now = rounded(_sampled(param, noted["shape"]))
+    now = rounded(sampled(param, noted["shape"]))
     last, began = rounded(noted["last"]), rounded(noted["began"])
     by_training = last != began
     changed = now != last
@@ -77,7 +77,8 @@ def is_made_anew(noted: Note, param: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _sampled(param: Tensor, shape: tuple[int, ...]) -> list[float]:
+def sampled(param: Tensor, shape: tuple[int, ...]) -> list[float]:
+    """Return at most 256 numbers of a tensor, always those of the same places."""
     values = local(param).detach()
     if len(shape) == 0:
         return [values.item()]

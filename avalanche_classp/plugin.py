@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from avalanche.benchmarks import OnlineCLExperience
 from avalanche.core import SupervisedPlugin
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -23,6 +24,7 @@ from avalanche_classp.optim.hyperparameters import (
     validated_factor,
 )
 from avalanche_classp.optim.optimizer import CLASSPOptimizer
+from avalanche_classp.stuck import why_stuck
 from avalanche_classp.takeover import (
     is_scheduled,
     listed,
@@ -97,7 +99,8 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
     Warns:
         UserWarning: the replaced optimizer had settings without a counterpart (momentum, weight
             decay); a parameter lost its history, because it changed its shape in a way that is not
-            growth or its weights were made anew; an experience ended without a step.
+            growth or its weights were made anew; an experience ended without a step; settings that
+            cannot work: in the first epoch weights hardly moved, or the loss did not fall.
 
     ``docs/phases.md`` says when an experience counts, and when histories are forgotten. With a
     learning-rate scheduler build the CLASSPOptimizer yourself, and give it to the scheduler and to
@@ -149,6 +152,7 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
         self._steps_when_noted = 0
         self._phase: Mapping[str, Any] | None = None
         self._before_phase: list[dict[str, Any]] = []
+        self._first_losses: list[Tensor] | None = []  # of the first epoch, None after it
 
     # --- the optimizer ----------------------------------------------------------------------------
 
@@ -275,6 +279,19 @@ class CLASSPPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore
             self._drop_histories_of_weights_made_anew(strategy)
         if any(group["history"] == "inputs" for group in optimizer.param_groups):
             optimizer.watch(strategy.model)  # anew: layers may have been replaced
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the loss, in the first epoch."""
+        if self._first_losses is not None and isinstance(strategy.loss, Tensor):
+            self._first_losses.append(strategy.loss.detach())
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Warn once, after the first epoch, of settings that cannot work."""
+        losses, self._first_losses = self._first_losses, None
+        if losses is None or not self._steps or strategy.optimizer is not self._optimizer:
+            return
+        if reason := why_stuck(strategy, self._notes, self._steps, losses):
+            warnings.warn(f"after the first epoch {reason}", stacklevel=2)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Count the experience, unless it is a part of one that goes on."""
