@@ -301,6 +301,8 @@ def test_without_its_penalty_a_method_is_plain_sgd(method, kind, scenario):
         ("slda", {"shrinkage": 0.5}),
         ("ridge", {"penalty": 100.0}),
         ("ridge", {"width": 50}),
+        ("ranpac", {"penalty": 100.0}),
+        ("ranpac", {"width": 50}),
         ("owm", {"alpha": 0.01}),
         ("gpm", {"share": 0.85}),
         ("kfac-laplace", {"strength": 30.0}),
@@ -980,7 +982,7 @@ def test_what_is_not_the_methods_is_not_counted():
 def test_methods_are_listed_from_the_plainest_to_ours():
     assert " ".join(METHODS) == (
         "naive adagrad adam ewc ewc-online si mas lwf rwalk replay joint classp classp-matrix "
-        "classp-inputs classp-consolidated class-means slda ridge owm gpm "
+        "classp-inputs classp-consolidated class-means slda ridge ranpac owm gpm "
         "kfac-laplace ncm fecam lfl cwr packnet generative-replay "
         "ewc-matrix si-matrix mas-matrix lwf-matrix"
     )
