@@ -584,8 +584,7 @@ METHODS = {
         style=Style("#e8a400", "*"),
     ),
     "classp-inputs": Method(
-        description="CLASSP with a history of inputs, an extension: what layers were given counts; "
-        "epsilon 0 fits the first experience, rank 0 tells all directions apart",
+        description="CLASSP with a history of inputs, an extension: what layers were given counts",
         defaults={"lr": 1.0, "threshold": 0.0, "epsilon": 0.0, "power": 1.0, "rank": 0},
         build=_classp,
         space=_inputs_space,
