@@ -15,6 +15,9 @@ from .losses import USUAL_LOSS
 Hyper = Mapping[str, float | int | bool]
 Epochs = int | tuple[int, ...]
 
+WITHOUT_EFFECT = (("initial_accumulator_value", 0.0),)
+"""Hyper-parameters and values with which a run is what it was before there were such."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -100,7 +103,8 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the config without its sources as JSON can hold it.
 
-        Records name no loss where it is the usual one, nor ``first_only`` where it is false.
+        Records name no loss where it is the usual one, nor ``first_only`` where it is false, nor
+        what :data:`WITHOUT_EFFECT` names.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         if self.loss == USUAL_LOSS:
@@ -108,7 +112,8 @@ class RunConfig:
         if not self.first_only:
             del values["first_only"]
         epochs = list(self.epochs) if isinstance(self.epochs, tuple) else self.epochs
-        return {**values, "epochs": epochs, "hyper": dict(self.hyper)}
+        hyper = {k: v for k, v in self.hyper.items() if (k, v) not in WITHOUT_EFFECT}
+        return {**values, "epochs": epochs, "hyper": hyper}
 
     def epochs_in(self, experience: int) -> int:
         """Return the training epochs of the experience of this number, from 0 on."""

@@ -121,7 +121,7 @@ def _adagrad(model: nn.Module, hyper: Hyper, common: dict[str, Any]) -> Any:
     from avalanche.training import Naive
     from torch.optim import Adagrad
 
-    lr, initial = float(hyper["lr"]), float(hyper["initial_accumulator_value"])
+    lr, initial = float(hyper["lr"]), float(hyper.get("initial_accumulator_value", 0.0))
     optimizer = Adagrad(model.parameters(), lr=lr, initial_accumulator_value=initial)
     return Naive(model=model, optimizer=optimizer, **common)
 

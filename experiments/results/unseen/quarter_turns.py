@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche_classp.experiments import benchmark
 from torch.utils.data import TensorDataset
 from torchvision.datasets import FashionMNIST
-
-from avalanche_classp.experiments import benchmark
 
 
 def turned(train):
