@@ -29,7 +29,8 @@ UNTUNED = [
     RESULTS / "untuned" / name
     for name in (
         *("split-mnist-class", "split-fmnist-class", "split-digits-class"),
-        *("split-mnist-domain", "split-fmnist-domain", "split-mnist-task", "split-fmnist-task"),
+        *("split-mnist-domain", "split-fmnist-domain", "permuted-mnist-domain"),
+        *("split-mnist-task", "split-fmnist-task"),
     )
 ]
 UNSEEN = RESULTS / "unseen" / "quarter-turns"
@@ -69,6 +70,7 @@ def test_the_table_of_the_readme_follows_from_the_result_files():
         ("split-fmnist-class", "Fashion-MNIST, new classes"),
         ("split-mnist-domain", "MNIST, same labels"),
         ("split-fmnist-domain", "Fashion-MNIST, same labels"),
+        ("permuted-mnist-domain", "MNIST, permuted pixels"),
         ("split-mnist-task", "MNIST, a head each"),
     ):
         cells = accuracies(RESULTS / name)
