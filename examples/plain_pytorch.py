@@ -5,7 +5,7 @@
 All ten classes share one head, and no data of earlier tasks is kept. Last lines:
 
     SGD     17.3 %
-    CLASSP  83.4 %
+    CLASSP  92.0 %
 """
 
 import torch

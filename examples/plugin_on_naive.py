@@ -6,7 +6,7 @@ The plugin replaces the strategy's optimizer by a CLASSPOptimizer with the same 
 Accuracy on all ten digits after five experiences of two. Last lines:
 
     Naive               17.9 %
-    Naive with CLASSP   83.8 %
+    Naive with CLASSP   92.1 %
 """
 
 import torch

@@ -847,7 +847,7 @@ class Speed(Command):
     def run(self, command_line: str) -> int:
         from .speed.cases import measure_speed
 
-        measure_speed(**vars(self))
+        measure_speed(**{name: value for name, value in vars(self).items() if name != "load"})
         return 0
 
 

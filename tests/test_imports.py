@@ -59,7 +59,10 @@ NEVER_IMPORTED = {
 def modules():
     """Return the files of all modules by their names."""
     files = [
-        f for top in ("avalanche_classp", "experiments") for f in REPOSITORY.glob(f"{top}/**/*.py")
+        f
+        for top in ("avalanche_classp", "experiments")
+        for f in REPOSITORY.glob(f"{top}/**/*.py")
+        if "results" not in f.parts
     ]
     names = [f.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".") for f in files]
     return {n.removesuffix(".__init__"): f for n, f in zip(names, files, strict=True)}

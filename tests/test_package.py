@@ -47,8 +47,11 @@ def test_the_wheel_holds_the_package_the_experiments_and_nothing_else(built):
         f"{parent}{path.relative_to(ROOT)}"
         for top, parent in (("avalanche_classp", ""), ("experiments", "avalanche_classp/"))
         for path in (ROOT / top).rglob("*")
-        if path.suffix in (".py", ".cpp", ".typed")
-        or path.name.endswith(("_settings.json", "report.html"))
+        if "results" not in path.parts
+        and (
+            path.suffix in (".py", ".cpp", ".typed")
+            or path.name.endswith(("_settings.json", "report.html"))
+        )
     }
     assert {name for name in names if ".dist-info/" not in name} == package
 

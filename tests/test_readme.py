@@ -34,6 +34,9 @@ UNTUNED = [
     )
 ]
 UNSEEN = RESULTS / "unseen" / "quarter-turns"
+PRETRAINED = [
+    RESULTS / "pretrained" / f"split-cifar10-class{loss}" for loss in ("", "-squared-error")
+]
 NEGATIVE = RESULTS / "negative"
 NINE = ("naive", "adagrad", "adam", "ewc", "ewc-online", "si", "mas", "lwf", "rwalk")
 SENSITIVITIES = sorted(table.parent for table in RESULTS.glob("ablation/*/sensitivity.csv"))
@@ -162,7 +165,7 @@ def test_the_update_rule_of_the_readme_is_the_optimizers():
 
 @pytest.mark.parametrize(
     "folder",
-    [*COMPARISONS, *ABLATIONS, *UNTUNED, UNSEEN, NEGATIVE / "same-lr"],
+    [*COMPARISONS, *ABLATIONS, *UNTUNED, *PRETRAINED, UNSEEN, NEGATIVE / "same-lr"],
     ids=lambda folder: folder.name,
 )
 def test_published_tables_follow_from_the_result_files(folder):
@@ -201,6 +204,7 @@ def test_the_readme_or_the_docs_show_the_main_tables():
 def test_the_docs_show_what_is_untuned():
     assert side_by_side(UNTUNED)[0].strip() in PAGES
     assert side_by_side([UNSEEN])[0].strip() in PAGES
+    assert side_by_side(PRETRAINED)[0].strip() in PAGES
     last = {r["config"]["method"]: r["state_bytes"][-1] / 1e6 for r in Results(UNTUNED[0]).load()}
     sizes = (
         f"{last['classp-inputs']:.1f} MB (ridge {last['ridge']:.1f}, streaming LDA "

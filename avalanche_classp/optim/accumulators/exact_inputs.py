@@ -9,8 +9,8 @@ inverse, :math:`P = (I + A / \epsilon)^{-1}`, which takes rows R with mean :math
     [W\, b] \leftarrow [W\, b] - lr \cdot G \, P^{1/p}
 
 So every step has the current mini-batch in it, and nothing is renewed where p = 1. A mini-batch of
-more than :data:`ROWS` rows counts by as many: their mean, and sums of all deviations from it with
-random signs, whose second moments are right on average.
+more than :data:`EXACT_ROWS` rows counts by :data:`ROWS`: their mean, and sums of all deviations
+from it with random signs, whose second moments are right on average.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from avalanche_classp.optim.rule import Rule, accumulator_dtype
 
 __all__ = ["ExactInputsAccumulator"]
 
+EXACT_ROWS = 64
+"""A mini-batch of no more rows counts as it is."""
+
 ROWS = 32
-"""Rows that a mini-batch counts by at most."""
+"""Rows that a larger one counts by."""
 
 MOST_ROWS = 512
 """Positions of a convolution among which they are taken."""
@@ -173,8 +176,8 @@ class ExactInputsAccumulator(InputsAccumulator):
 
 
 def _mixed(rows: Tensor, seed: int) -> Tensor:
-    """Return :data:`ROWS` rows R with the same RᵀR on average; fewer stay."""
-    if len(rows) <= ROWS:
+    """Return :data:`ROWS` rows R with the same RᵀR on average; up to EXACT_ROWS stay."""
+    if len(rows) <= EXACT_ROWS:
         return rows
     mean = rows.mean(0, keepdim=True)
     return torch.cat([mean * len(rows) ** 0.5, _signed_sums(rows - mean, seed, ROWS - 1)])
