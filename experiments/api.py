@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import warnings
@@ -144,7 +145,8 @@ def compare(
         jobs: runs at a time. Default: as many as cores on a CPU, else 1.
 
     On a CPU runs are done in forked processes, so functions of a notebook are known there. On
-    other devices they are done one after the other in this process.
+    other devices, and where torch cannot train in a fork any more (a compiled model was trained in
+    this process), they are done one after the other in this process.
 
     Raises:
         UserError: an unknown name, or something that does not go together. A run that fails is no
@@ -283,7 +285,7 @@ def _known(kind: str, given: str | Factory, entries: Mapping[str, Any]) -> str:
 
 
 def _start(device: str, jobs: int | None) -> str:
-    if device == "cpu":
+    if device == "cpu" and _trains_in_a_fork():
         return "fork"
     if (jobs or 1) > 1:
         raise UserError(
@@ -291,6 +293,20 @@ def _start(device: str, jobs: int | None) -> str:
             f"into a file and use the command line with --load FILE.py"
         )
     return "here"
+
+
+def _trains_in_a_fork() -> bool:
+    """Tell by trying: torch's threads for gradients, once started, do not survive a fork."""
+    with warnings.catch_warnings():  # Python warns of forks beside threads
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 @contextmanager
