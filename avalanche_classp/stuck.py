@@ -41,8 +41,8 @@ def why_stuck(
         return None
     optimizer = strategy.optimizer
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    moved = by_sgd = 0.0
-    history, any_history = "weights", False
+    moved, by_sgd, history = 0.0, 0.0, "weights"
+    trained: list[Tensor] = []
     for name, p in strategy.model.named_parameters():
         if p not in groups or name not in notes or p.grad is None or p.grad.is_sparse:
             continue
@@ -52,13 +52,13 @@ def why_stuck(
         now, grad = (made_anew.sampled(values, noted["shape"]) for values in (p, p.grad))
         moved += sum(abs(a - b) for a, b in zip(now, noted["began"], strict=True))
         by_sgd += float(group["lr"]) * min(steps, _MANY_STEPS) * sum(map(abs, grad))
-        accumulator = diagonal(optimizer.state.get(p), p)
-        any_history |= accumulator is not None and bool(accumulator.count_nonzero())
+        trained.append(p)
         history = group["history"]
     if moved < _SLOWER * by_sgd:
         share = moved / by_sgd
         what = f"the weights moved {share:.0e} of what SGD moves them with this lr"
-        if not any_history:
+        accumulators = (diagonal(optimizer.state.get(p), p) for p in trained)
+        if not any(a is not None and a.count_nonzero() for a in accumulators):
             return f"{what}, because no gradient passes the threshold; lower threshold"
         remedy = "raise epsilon or lr" if history == "inputs" else "lower epsilon, or raise lr"
         return f"{what}: the accumulators let almost nothing through; {remedy}"

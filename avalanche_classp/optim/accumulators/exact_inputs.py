@@ -161,10 +161,7 @@ class ExactInputsAccumulator(InputsAccumulator):
         P = state["inverse"]
         require_type(what, P, Tensor)
         require_type(f"epsilon of parameter {name}", state.get("epsilon"), float)
-        for key in ("step", "renewed"):
-            require_type(f"{key} of parameter {name}", state.get(key), int)
-        if not isinstance(state.get("constant"), bool):
-            raise TypeError(f"state_dict's constant of parameter {name} must be a bool")
+        self.require_counts(name, state)
         require_numbers(what, P, param, -torch.inf)
         inputs = param.shape[1:].numel() + state["constant"] if param.dim() >= 2 else -1
         if P.shape != (inputs, inputs):

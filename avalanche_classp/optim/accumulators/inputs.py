@@ -328,11 +328,8 @@ class InputsAccumulator(Accumulator):
             if state[key].dim() != dimensions:
                 raise ValueError(f"state_dict's {what} has the shape {tuple(state[key].shape)}")
             require_numbers(what, state[key], param, least)
-        for key in ("step", "renewed"):
-            require_type(f"{key} of parameter {name}", state.get(key), int)
+        self.require_counts(name, state)
         require_type(f"free of parameter {name}", state.get("free"), int, float)
-        if not isinstance(state.get("constant"), bool):
-            raise TypeError(f"state_dict's constant of parameter {name} must be a bool")
         inputs, directions = state["basis"].shape
         matches = state["moments"].shape == (directions, directions)
         matches = matches and state["factor"].shape == (directions,)
@@ -343,3 +340,10 @@ class InputsAccumulator(Accumulator):
                 f"{directions} directions, the parameter has the shape {tuple(param.shape)}; if "
                 f"the model has grown use avalanche_classp.carry_accumulators"
             )
+
+    def require_counts(self, name: str, state: Mapping[str, Any]) -> None:
+        """Raise if the parts of a saved state that are no tensors are of another type."""
+        for key in ("step", "renewed"):
+            require_type(f"{key} of parameter {name}", state.get(key), int)
+        if not isinstance(state.get("constant"), bool):
+            raise TypeError(f"state_dict's constant of parameter {name} must be a bool")
